@@ -1,0 +1,277 @@
+"""Model directories: what every stage writes and the next one starts from.
+
+A directory is a full Hugging Face checkpoint with `trueup.json` beside it, and is written atomically: it is
+either whole or not there. It is named by its *identity*, a hash of weights, config, tokenizer and chat
+template, so a copy, a re-evaluation or a resumed run has the same name, and a changed weight another.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trueup.recipes.errors import TrueupError, UsageError
+
+RECORD = "trueup.json"
+FORMAT = 1
+
+# Keys that change without the model changing: who saved it, from where, with which version.
+_VOLATILE_CONFIG = {"transformers_version", "_name_or_path", "name_or_path", "auto_map", "use_cache"}
+
+Kind = Literal["causal-lm", "reward"]
+_ARCHITECTURES: dict[Kind, str] = {"causal-lm": "ForCausalLM", "reward": "ForSequenceClassification"}
+_KIND_WORDS: dict[Kind, str] = {
+    "causal-lm": "a language model",
+    "reward": "a reward model (a sequence classifier)",
+}
+
+
+# ---------------------------------------------------------------- identity
+
+
+def identity(directory: Path) -> str:
+    """The content hash (sha256, hex) of a model directory.
+
+    Tensors are hashed by name, dtype, shape and bytes, so sharding does not matter; JSON files by their
+    content less the keys that only tell who saved them; `tokenizer.json` and the chat template whole.
+
+    Raises:
+        TrueupError: weights are missing or a file is cut short.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer_config.json"):
+        digest.update(f"{name}\0{_canonical_json(directory / name)}\0".encode())
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        path = directory / name
+        digest.update(f"{name}\0".encode())
+        digest.update(path.read_bytes() if path.exists() else b"")
+    for name, dtype, shape, data in sorted(_tensors(directory), key=lambda tensor: tensor[0]):
+        digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _canonical_json(path: Path) -> str:
+    if not path.exists():
+        return ""
+    content = read_json(path)
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key not in _VOLATILE_CONFIG}
+    return json.dumps(content, sort_keys=True)
+
+
+def _tensors(directory: Path) -> list[tuple[str, str, list[int], memoryview]]:
+    """(name, dtype, shape, bytes) of every tensor, memory-mapped from the directory's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise TrueupError(f"{directory}: holds no *.safetensors weights; the directory is incomplete")
+    return [tensor for path in files for tensor in _read_safetensors(path)]
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, str, list[int], memoryview]]:
+    """Format: 8 bytes header length, JSON header, data (https://github.com/huggingface/safetensors)."""
+    cut = TrueupError(f"{path}: the file is cut short or not safetensors; write or copy the directory again")
+    with path.open("rb") as file:
+        try:
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            start = 8 + int.from_bytes(view[:8], "little")
+            header = json.loads(bytes(view[8:start]))
+        except ValueError as error:
+            raise cut from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if start + end > len(view):
+            raise cut
+        yield name, entry["dtype"], entry["shape"], view[start + begin : start + end]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory that was checked: its path, identity and record (empty for a foreign one)."""
+
+    path: Path
+    identity: str
+    record: dict[str, Any]
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What a child keeps of it: enough to print the tree when this directory is gone."""
+        return {
+            "path": str(self.path),
+            "identity": self.identity,
+            "stage": self.record.get("stage", "foreign"),
+            "parents": self.record.get("parents", {}),
+        }
+
+
+def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") -> ModelDirectory:
+    """Check that a directory is a whole, unchanged model of the wanted kind.
+
+    Args:
+        kind: what the caller needs; None takes any.
+        place: where the path was written (`recipe.yaml:3: model_name_or_path`), for the message.
+
+    Raises:
+        UsageError: there is no such directory, or it holds another kind of model.
+        TrueupError: it is half-written, damaged, or was changed after it was written.
+    """
+    path = Path(path)
+    at = f"{place}: " if place else ""
+    if not path.is_dir():
+        raise UsageError(f"{at}{path}: no such model directory; run the stage that writes it first")
+    if not (path / "config.json").exists():
+        raise TrueupError(f"{at}{path}: not a model directory, or half-written: config.json is missing")
+    _check_kind(path, kind, at)
+    record = read_json(path / RECORD) if (path / RECORD).exists() else {}
+    found = identity(path)
+    if record and record.get("identity") != found:
+        raise TrueupError(
+            f"{at}{path}: changed after it was written: {RECORD} says {str(record.get('identity'))[:12]}, the "
+            f"files are {found[:12]}; restore it, or delete {RECORD} to use it as a foreign model"
+        )
+    return ModelDirectory(path, found, record)
+
+
+def _check_kind(path: Path, kind: Kind | None, at: str) -> None:
+    architectures = read_json(path / "config.json").get("architectures") or []
+    if kind and architectures and not any(name.endswith(_ARCHITECTURES[kind]) for name in architectures):
+        raise UsageError(
+            f"{at}{path}: is {_kind_words(architectures[0])}, and this needs {_KIND_WORDS[kind]}; "
+            "name the output_dir of the right stage"
+        )
+
+
+def _kind_words(architecture: str) -> str:
+    for kind, suffix in _ARCHITECTURES.items():
+        if architecture.endswith(suffix):
+            return _KIND_WORDS[kind]
+    return architecture
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises TrueupError naming file and line if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise TrueupError(f"{path}:{error.lineno}: not JSON ({error.msg}); the file is damaged") from error
+    except UnicodeDecodeError as error:
+        raise TrueupError(f"{path}: not UTF-8 text; the file is damaged") from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    with writing(path), atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `path` when the block ends well, and vanishes when not."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary sibling directory that becomes `target` when the block ends well.
+
+    What `target` held before is kept as `<target>.previous`, one generation, so that nothing is lost by a
+    recipe that was run again with another setting.
+    """
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    previous = target.with_name(f"{target.name}.previous")
+    with writing(target):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+            for path in [*staging.rglob("*"), staging]:
+                _sync(path)
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(target, previous)
+            os.replace(staging, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into one message that names the place.
+
+    Libraries do not all pass the OSError on (safetensors and torch raise errors of their own), so a failure
+    while the disk has no room left counts as a full disk too.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except Exception as error:
+        if type(error).__name__ in ("SafetensorError", "RuntimeError") and _free_bytes(path) < 1 << 20:
+            raise disk_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        raise
+
+
+def disk_error(path: Path, error: OSError) -> TrueupError:
+    """The message for an OSError met while writing at or below `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = _free_bytes(path) >> 20
+        return TrueupError(
+            f"{path}: the disk is full ({free} MiB free); nothing was lost: free some room and run it again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return TrueupError(
+            f"{path}: cannot be written ({error.strerror}); choose another place or mend its permissions"
+        )
+    return TrueupError(f"{error.filename or path}: {error.strerror or error}")
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_writable(directory: Path) -> None:
+    """Fail before the work rather than after it: make the directory and write a byte there.
+
+    Raises:
+        TrueupError: naming the directory and why.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        try:
+            probe.write_bytes(b"\0")
+        finally:
+            probe.unlink(missing_ok=True)

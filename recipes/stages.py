@@ -1,0 +1,54 @@
+"""The stages there are. Each is named here as a string and imported only when it is asked for."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trueup.recipes.directory import Kind
+from trueup.recipes.errors import TrueupError, UsageError
+
+if TYPE_CHECKING:
+    from trueup.recipes.run import Run
+
+# verb -> (module:class, what `trueup --help` says of it)
+STAGES: dict[str, tuple[str, str]] = {
+    "pretrain": ("trueup.base.pretrain:PretrainRecipe", "Train a GPT from scratch on raw text."),
+}
+
+
+class Stage(Protocol):
+    """What the runner asks of a stage's dataclass. Its fields are the recipe's keys."""
+
+    output_dir: Any
+
+    @classmethod
+    def contradictions(cls, values: dict[str, Any]) -> list[tuple[str, str]]:
+        """(key, message) for keys that are each right and wrong together."""
+
+    def parents(self) -> dict[str, tuple[str, Kind | None]]:
+        """Recipe key -> (model directory it names, kind the stage needs there)."""
+
+    def data(self) -> list[dict[str, Any]]:
+        """Fingerprints of the data it reads."""
+
+    def run(self, run: "Run") -> None:
+        """Train, and write the model directory through `run.publish`."""
+
+
+def stage_class(name: str) -> type:
+    """The dataclass behind a stage.
+
+    Raises:
+        UsageError: no such stage.
+        TrueupError: a package it needs is not installed.
+    """
+    if name not in STAGES:
+        raise UsageError(f"there is no stage '{name}'; the stages are: {', '.join(STAGES)}")
+    module, _, attribute = STAGES[name][0].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("trueup"):
+            raise
+        raise TrueupError(
+            f"stage '{name}' needs the package {error.name}: pip install {error.name}"
+        ) from error
