@@ -1,0 +1,552 @@
+"""The GPT from the attention up, on Transformers' base classes, so that `generate`, Trainer, TRL, PEFT work.
+
+    tokens -> embed_tokens -> N x [norm -> attention -> +, norm -> mlp -> +] -> norm -> lm_head | score
+
+Shapes are written with B rows, T positions, H query heads, G key/value heads, D channels per head, K keys (T
+without a cache). This file travels to the Hub with every checkpoint: it imports torch, transformers and
+configuration_gpt.py.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt import GPTConfig
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: the reference that every fast back end is tested against.
+
+    Args:
+        query: (B, H, T, D), after the rotation.
+        key, value: (B, G, K, D), the cache included.
+        attention_mask: (B or 1, 1, T, K), added to the scores: 0 where a query may look, very negative where
+            not. None: purely causal.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        The mixed values (B, T, H, D), and the weights (B, H, T, K).
+    """
+    queries_per_key = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(queries_per_key, dim=1)  # (B, H, K, D): H / G query heads share one key head
+    value = value.repeat_interleave(queries_per_key, dim=1)
+
+    scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, K)
+    scores = scores + additive_mask(attention_mask, query, key)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = F.dropout(weights, p=dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def additive_mask(
+    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """A mask (B or 1, 1, T, K) to be added to the scores, from any of the forms Transformers hands down.
+
+    None is purely causal: a single query is the newest token and sees every key; of several, the i-th sees
+    the keys 0 to i. Boolean is True where visible. Hidden scores get the smallest number rather than -inf, or
+    a row of nothing but padding would become NaN.
+    """
+    if attention_mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        everything = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+        attention_mask = everything if queries == 1 else everything.tril()
+    if attention_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = zeros.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    return attention_mask.to(query.dtype)
+
+
+def matmul_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """The same in two batched matrix products, mask and scale fused into the first; shapes as above."""
+    (batch, heads, queries, width), (groups, keys) = query.shape, key.shape[1:3]
+    bias = additive_mask(attention_mask, query, key)
+    # Query heads that share a key head become further queries of one product: no key is copied.
+    bias = bias[:, :, None].expand(batch, groups, heads // groups, queries, keys)
+    bias = bias.reshape(batch * groups, -1, keys)
+    query = query.reshape(batch * groups, -1, width)
+    key, value = key.reshape(batch * groups, keys, width), value.reshape(batch * groups, keys, width)
+
+    scores = torch.baddbmm(bias, query, key.transpose(-1, -2), alpha=scaling)
+    weights = F.softmax(scores, dim=-1)  # summed in fp32 inside the kernel, whatever the scores are stored in
+    weights = F.dropout(weights, p=dropout)
+    return torch.bmm(weights, value).view(batch, heads, queries, width).transpose(1, 2)
+
+
+# On one core of a CPU with AVX512-BF16, training (forward and backward) in bf16 is faster by matmul than by
+# SDPA 4x at 128 keys, 2.5x at 256, 2x at 512, and slower from 1,024 on; one new token against a cache is 2 to
+# 4x faster at any length. In fp32 SDPA wins everywhere.
+MATMUL_MAX_KEYS = 768
+
+
+def sdpa_or_matmul(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """This model's default: SDPA, except on a CPU in bf16 where the matmul is faster.
+
+    `attn_implementation="sdpa"` is the switch that turns the matmul off. Registered beside Transformers' own
+    functions, so it is chosen by name like them and needs nothing but this file.
+    """
+    short = query.shape[2] == 1 or key.shape[2] <= MATMUL_MAX_KEYS
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short:
+        return matmul_attention(query, key, value, attention_mask, scaling, dropout), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+DEFAULT_ATTENTION = "sdpa_or_matmul"
+AttentionInterface.register(DEFAULT_ATTENTION, sdpa_or_matmul)
+AttentionMaskInterface.register(DEFAULT_ATTENTION, sdpa_mask)
+
+# -------------------------------------------------------------------------------------------------- positions
+
+
+class GPTRotaryEmbedding(nn.Module):
+    """Rotary positions: channel pair i of a head turns by position * theta^(-2i/D).
+
+    https://arxiv.org/abs/2104.09864
+
+    The frequencies are non-persistent buffers, which from_pretrained leaves uninitialised; Transformers fills
+    them again for classes that are called *RotaryEmbedding and have these attributes.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GPTConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        """The frequencies (D/2,) of unscaled RoPE, and the factor on cos and sin (1)."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update  # recomputes the frequencies where rope_type makes them depend on the length
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (B or 1, 1, T, D) of positions (B or 1, T), in fp32: bf16 blurs far ones."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (x_i, x_{i+D/2}) of heads (B, H, T, D). Keeps x's dtype: fp32 slows autocast down."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- blocks
+
+
+class GPTRMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (https://arxiv.org/abs/1910.07467), in the weights' dtype: fp32 under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": GPTRMSNorm}
+
+
+def build_norm(config: GPTConfig, width: int) -> nn.Module:
+    return NORMS[config.norm](width, eps=config.norm_eps)
+
+
+class InitLinear(nn.Linear):
+    """A Linear that carries the standard deviation of its initial weights."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, init_std: float) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.init_std = init_std
+
+
+def residual_projection(width: int, config: GPTConfig) -> InitLinear:
+    """A projection onto the residual stream, where 2 * layers of them add up: each starts smaller by the root
+    of that, so that the sum begins at the scale of one (GPT-2, section 2.3)."""
+    init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    return InitLinear(width, config.hidden_size, bias=config.bias, init_std=init_std)
+
+
+class GPTAttention(nn.Module):
+    """Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        # The next three are read by Transformers' attention functions.
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.o_proj = residual_projection(config.num_attention_heads * config.head_dim, config)
+        # A module although only its p is used: TRL turns dropout off by setting p of every nn.Dropout.
+        self.attention_dropout = nn.Dropout(config.attention_dropout)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, hidden_size) -> the same, and the weights (B, H, T, K) if the back end has them."""
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key, value = qkv.split(self.heads, dim=1)
+        query = rotate(self.q_norm(query).to(value.dtype), *rotation)
+        key = rotate(self.k_norm(key).to(value.dtype), *rotation)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout.p if self.training else 0.0,
+            **kwargs,
+        )
+        return self.residual_dropout(self.o_proj(mixed.reshape(batch, length, -1))), weights
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (https://arxiv.org/abs/2002.05202), gate and up in one product."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.bias)
+        self.down_proj = residual_projection(config.intermediate_size, config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.residual_dropout(self.down_proj(F.silu(gate) * up))
+
+
+MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {"swiglu": SwiGLU}
+
+
+class GPTBlock(GradientCheckpointingLayer):
+    """One layer: attention and MLP, each normalised before and added after."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_norm = build_norm(config, config.hidden_size)
+        self.attention = GPTAttention(config, layer_idx)
+        self.post_norm = build_norm(config, config.hidden_size)
+        self.mlp = MLPS[config.mlp](config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, T, hidden_size) -> the same. Positional, so that re-entrant checkpointing sees that it needs a
+        gradient."""
+        attended, _ = self.attention(self.input_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_norm(hidden_states))
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    """What the three models share: how Transformers is to treat them, and how their weights begin."""
+
+    config_class = GPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["GPTBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GPTBlock, "attentions": GPTAttention}
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        return super().get_correct_attn_implementation(
+            requested_attention or DEFAULT_ATTENTION, is_init_check
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range), or what an InitLinear asks for. A rule on the attention or MLP as a whole
+        would silently not fire: for custom code Transformers skips modules that have no parameters of their
+        own."""
+        if not isinstance(module, InitLinear):
+            super()._init_weights(module)
+            return
+        init.normal_(module.weight, std=module.init_std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+
+
+class GPTModel(GPTPreTrainedModel):
+    """The trunk: tokens to normalised hidden states."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.rotary_emb = GPTRotaryEmbedding(config)
+        self.layers = nn.ModuleList([GPTBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = (
+            False  # switched by activation_checkpointing_enable; turns the cache off too
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, hidden_size) of tokens (B, T).
+
+        Args:
+            attention_mask: (B, T, or with a cache all that was seen): 0 on padding, left or right.
+            position_ids: (B, T). Where they restart, a new document of a packed row begins, and attention
+                stays inside it; for that `attention_mask` and `past_key_values` must be None.
+            kwargs: handed to the attention function, such as flash attention's `cu_seq_lens_q`.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+
+        # The mask comes before the cache: with one, even empty, packed documents are no longer told apart.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = self.embedding_dropout(inputs_embeds)
+        rotation = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                rotation=rotation,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    """The language model: the trunk and a projection onto the vocabulary."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.model = GPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, vocab_size), and with `labels` (B, T) the mean next-token cross-entropy in nats.
+
+        Args:
+            labels: the tokens themselves, -100 where nothing is to be learned; shifted here.
+            logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
+            kwargs: `num_items_in_batch` divides the summed loss instead of this batch's own count (gradient
+                accumulation); the rest goes to the trunk.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # Scaling the hidden states scales the logits, on a tensor vocab_size / hidden_size times smaller.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept] * self.config.logit_scale)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GPTForSequenceClassification(GPTPreTrainedModel):
+    """The reward model: the trunk and a linear score of each text's last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = (
+        False  # the loss is a mean over rows: Trainer is to average it over accumulation steps
+    )
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GPTModel(config)
+        # First scores of about unit size: https://arxiv.org/abs/1909.08593, section 2.1
+        init_std = 1 / math.sqrt(config.hidden_size + 1)
+        self.score = InitLinear(config.hidden_size, config.num_labels, bias=False, init_std=init_std)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores `logits` (B, num_labels) at the last token that `attention_mask` attends to, or at the last
+        one without a mask. Never found by comparing ids with the pad token, which text may contain.
+
+        A calibrated reward model (`reward_mean`, `reward_std` in the configuration) returns (raw - mean) /
+        std.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(last_attended(outputs.last_hidden_state, attention_mask)).float()
+        if self.config.reward_std is not None:
+            logits = (logits - self.config.reward_mean) / self.config.reward_std
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def last_attended(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, hidden_size) -> (B, hidden_size): each row at its last position with a mask of 1, padded left or
+    right."""
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    rows, length = hidden_states.shape[:2]
+    positions = torch.arange(length, device=hidden_states.device)
+    last = (attention_mask[:, -length:].to(positions) * positions).argmax(dim=-1)
+    return hidden_states[torch.arange(rows, device=hidden_states.device), last]
+
+
+__all__ = ["GPTForCausalLM", "GPTForSequenceClassification", "GPTModel", "GPTPreTrainedModel"]
