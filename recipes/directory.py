@@ -138,8 +138,8 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
     found = identity(path)
     if record and record.get("identity") != found:
         raise TrueupError(
-            f"{at}{path}: changed after it was written: {RECORD} says {str(record.get('identity'))[:12]}, the "
-            f"files are {found[:12]}; restore it, or delete {RECORD} to use it as a foreign model"
+            f"{at}{path}: changed after it was written: {RECORD} says {record.get('identity', '?')[:12]}, "
+            f"the files are {found[:12]}; restore it, or delete {RECORD} to use it as a foreign model"
         )
     return ModelDirectory(path, found, record)
 

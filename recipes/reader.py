@@ -117,7 +117,29 @@ def read_recipe(
     problems += _missing(schema, given, source, stage)
     if problems:
         raise RecipeError(problems)
+    if budget is not None:
+        given = _own_place(given, budget)
     return _resolve(stage, schema, given, source, notes)
+
+
+def _own_place(given: dict[str, Entry], budget: str) -> dict[str, Entry]:
+    """Runs of a budget go beside the real ones: `runs/lab.smoke/sft` beside `runs/lab/sft`, parents alike.
+
+    Raises:
+        UsageError: `output_dir` has no folder of its own that could be renamed.
+    """
+    root = Path(str(given["output_dir"].value)).parent
+    if not root.name:
+        raise UsageError(f"{given['output_dir'].place}: with a budget, output_dir needs the form FOLDER/NAME")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, str) and root in Path(value).parents:
+            return str(root.with_name(f"{root.name}.{budget}") / Path(value).relative_to(root))
+        return value
+
+    return {key: Entry(key, moved(entry.value), entry.place) for key, entry in given.items()}
 
 
 def _resolve(

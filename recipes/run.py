@@ -4,6 +4,7 @@
 log, the resolved recipe, and `checkpoint-N/` directories from which an interrupted run goes on.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -12,10 +13,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trueup.recipes.directory import (
     FORMAT,
@@ -41,6 +44,8 @@ NEUTRAL_KEYS = {
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "skip_memory_metrics", "ddp_timeout",
     "debug",
 }  # fmt: skip
+
+LOCK_WAIT = 60.0  # seconds a run waits for another one of the same recipe to end
 
 _PACKAGES = ("trueup", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
@@ -93,6 +98,34 @@ class Run:
             return False
         return True
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the work directory while the stage runs: two runs of one recipe never write to it at once.
+
+        Raises:
+            TrueupError: another process holds it and does not let go; besides what `prepare` raises.
+        """
+        if not is_main_process():
+            yield
+            return
+        check_writable(self.work_dir)
+        lock = FileLock(self.work_dir / ".lock")
+        try:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+            if not lock.is_locked:  # a run whose starter was killed needs a moment to notice
+                print(f"{self.work_dir}: another process is running this recipe; waiting for it", flush=True)
+                lock.acquire(timeout=LOCK_WAIT)
+        except Timeout:
+            raise TrueupError(
+                f"{self.work_dir}: another process is still running this recipe; stop it first"
+            ) from None
+        try:
+            self.prepare()
+            yield
+        finally:
+            lock.release()
+
     def prepare(self) -> None:
         """Make the work directory; keep it if it belongs to these inputs (resume), else start afresh.
 
@@ -100,8 +133,6 @@ class Run:
             UsageError: `output_dir` exists and was not written by trueup.
             TrueupError: it cannot be written.
         """
-        if not is_main_process():
-            return
         if self.output_dir.exists() and not (self.output_dir / RECORD).exists():
             empty = self.output_dir.is_dir() and not any(self.output_dir.iterdir())
             if not empty:
@@ -109,13 +140,12 @@ class Run:
                     f"{self.output_dir}: exists and was not written by trueup; choose another output_dir, "
                     "or move it away"
                 )
-        check_writable(self.output_dir.parent)
+        check_writable(self.work_dir)
         stamp = self.work_dir / "run.json"
         if self.work_dir.exists() and (not stamp.exists() or read_json(stamp).get("inputs") != self.inputs):
             for path in self.work_dir.iterdir():  # checkpoints of other inputs must never be resumed from
                 if path.is_dir():
                     shutil.rmtree(path)
-        check_writable(self.work_dir)
         write_json(stamp, {"inputs": self.inputs, "stage": self.recipe.stage, "recipe": self.recipe.public()})
 
     def publish(
