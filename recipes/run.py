@@ -194,7 +194,12 @@ def open_run(recipe: Recipe) -> tuple[Run, Any]:
     parents = {}
     for role, (path, kind) in stage.parents().items():
         parents[role] = open_directory(path, kind, f"{recipe.origin.get(role, recipe.source)}: {role}")
-    return Run(recipe, Path(recipe.values["output_dir"]), parents, stage.data()), stage
+    try:
+        data = stage.data()
+    except TrueupError as error:  # the data layer knows the file and row, the recipe where it is named
+        place = recipe.origin.get("dataset_name", "default")
+        raise type(error)(f"{recipe.source if place == 'default' else place}: {error}") from error
+    return Run(recipe, Path(recipe.values["output_dir"]), parents, data), stage
 
 
 def versions() -> dict[str, str]:
