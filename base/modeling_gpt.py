@@ -391,11 +391,9 @@ class GPTModel(GPTPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
-
         # The mask comes before the cache: with one, even empty, packed documents are no longer told apart.
+        # And before the default positions: to search those for packing would wait for the GPU and, compiled,
+        # give up SDPA's causal kernel for a mask.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -403,6 +401,9 @@ class GPTModel(GPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
