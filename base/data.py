@@ -209,8 +209,8 @@ def _check_mixable(readers: list[RowReader]) -> None:
             before, name = seen.setdefault(column, (kind, report.name))
             if kind != before and "null" not in (kind, before):
                 raise TrueupError(
-                    f"datasets: '{column}' is a {before} in {name}, but a {kind} in {report.name}. The sets "
-                    "of a mixture must agree: bring both to one layout, or leave the column out with columns."
+                    f"datasets: '{column}' is of type {before} in {name}, but {kind} in {report.name}. "
+                    "The sets of a mixture must agree: bring both to one layout, or choose their columns."
                 )
 
 

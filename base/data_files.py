@@ -200,14 +200,17 @@ def _read_jsonl(file: IO[bytes], notes: list[str]) -> Numbered:
 def _object(line: str) -> Row | BadRow:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRow("not JSON", str(error).replace(": line 1 column", ": column"))
-    return _checked(row)
+    return _checked(row, escaped="\\u" in line)
 
 
-def _checked(row: Any) -> Row | BadRow:
+def _checked(row: Any, escaped: bool) -> Row | BadRow:
+    """An object of whole characters: an escape can name half a surrogate pair, which no encoder takes."""
     if not isinstance(row, dict):
         return BadRow("not a JSON object", f"it is a {kind_of(row)}")
+    if not escaped:
+        return row
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -234,7 +237,7 @@ def _read_json(file: IO[bytes], notes: list[str]) -> Numbered:
         yield error.lineno, BadRow("not JSON", str(error))
     else:
         for number, row in enumerate(rows, start=1):
-            yield number, _checked(row)
+            yield number, _checked(row, escaped=True)
 
 
 def _read_csv(file: IO[bytes], notes: list[str]) -> Numbered:
@@ -249,7 +252,12 @@ def _read_csv(file: IO[bytes], notes: list[str]) -> Numbered:
             yield line
 
     reader = csv.reader(lines(), strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise OSError(f"its header is not CSV: {error}") from error
+    if faults:
+        raise OSError(f"its header is not UTF-8: {faults[0]}")
     while True:
         number = reader.line_num + 1
         try:

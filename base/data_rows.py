@@ -67,7 +67,7 @@ class DataReport:
             ]
             lines.append(f"  split by prompt hash: {', '.join(sizes)}")
         for reason, (count, place) in self.skipped.items():
-            lines.append(f"  left out: {count:,} rows, {reason} (first: {place})")
+            lines.append(f"  left out: {count:,} x {reason} (first: {place})")
         return lines + [f"  note: {text}" for text in self.notes]
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Columns:
             elif kind in (before, "null"):
                 continue
             elif name in TRL_COLUMNS:
-                raise BadRow(f"'{name}' is a {kind} here, but a {before} in the rows before")
+                raise BadRow(f"'{name}' is of type {kind} here, but {before} in the rows before")
             else:
                 self.kinds[name] = "number" if {kind, before} == {"integer", "number"} else "JSON"
 

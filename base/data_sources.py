@@ -209,8 +209,13 @@ class FileSource:
 
         The bytes on disk are what is hashed, so the same rows compressed are other data.
         """
-        stats = [os.stat(file) for file in self.files]
-        digests = [_digest(file, s.st_size, s.st_mtime_ns) for file, s in zip(self.files, stats, strict=True)]
+        try:
+            stats = [os.stat(file) for file in self.files]
+            digests = [
+                _digest(file, s.st_size, s.st_mtime_ns) for file, s in zip(self.files, stats, strict=True)
+            ]
+        except OSError as error:
+            raise TrueupError(f"{error.filename}: cannot be read: {error.strerror}.") from error
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         return {"sha256": sha256, "files": len(digests), "bytes": sum(stat.st_size for stat in stats)}
 
@@ -227,7 +232,7 @@ def _files_by_split(config: SetConfig, plan: SplitPlan) -> dict[str, list[Path]]
     base = config.split or plan.names["train"]
     root = Path(config.path).expanduser()
     folder = config.data_dir or config.name
-    if folder and root.is_dir():
+    if folder:
         root = root / folder
         if not root.is_dir():
             raise UsageError(f"{root}: no such folder (from dataset_config or data_dir).{nearest_name(root)}")
@@ -326,7 +331,8 @@ def _from_hub(function: str, arguments: dict[str, Any]) -> Any:
     name = arguments["path"]
     try:
         return getattr(datasets, function)(**arguments)
-    except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+    # ConnectionError and DatasetNotFoundError are OSErrors, an unknown configuration is a ValueError.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         offline = (
             " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE") else ""
         )
