@@ -192,23 +192,20 @@ def test_flops_are_what_the_counter_counts() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_back_ends_agree(
-    model: GPTForCausalLM, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SDPA, and the matmul that bf16 takes on a CPU, against the attention written by hand."""
-    monkeypatch.setattr(
-        modeling_gpt, "sdpa_attention_forward", forced_matmul
-    )  # in sdpa_or_matmul; not in sdpa
+@pytest.mark.parametrize("positions", [False, True])
+def test_attention_back_ends_agree(model: GPTForCausalLM, padded: bool, positions: bool) -> None:
+    """Losses and gradients of SDPA, and of the default that chooses, against attention written by hand."""
     ids, mask = tokens(), torch.ones(2, 24, dtype=torch.long)
     labels = ids.clone()
     if padded:
         mask[0, :7] = 0
         labels[0, :8] = -100  # nor the first real token: it would be predicted from padding
+    extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
     losses, gradients, logits = {}, {}, {}
     for name in ("eager", "sdpa", "sdpa_or_matmul"):
         other = copy.deepcopy(model)
         other.set_attn_implementation(name)
-        out = other(ids, attention_mask=mask, labels=labels)
+        out = other(ids, attention_mask=mask, labels=labels, **extra)
         out.loss.backward()
         losses[name], logits[name] = out.loss.item(), out.logits[mask == 1]
         gradients[name] = other.model.layers[0].attention.qkv_proj.weight.grad
@@ -218,8 +215,17 @@ def test_attention_back_ends_agree(
         assert largest(gradients[name], gradients["eager"]) <= 1e-6
 
 
-def forced_matmul(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-    return modeling_gpt.matmul_attention(query, key, value, mask, kwargs["scaling"], kwargs["dropout"]), None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_form_of_mask_means_the_same(dtype: torch.dtype) -> None:
+    """None, boolean and additive masks; the last also where it comes in fp32 and the scores are narrower."""
+    scores = torch.randn(2, 4, 6, 6).to(dtype)
+    visible = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 6, 6).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for mask in (None, visible, added, added.to(dtype)):
+        weights = (scores + modeling_gpt.additive_mask(mask, scores)).softmax(-1)
+        assert torch.equal(weights, scores.masked_fill(~visible, -torch.inf).softmax(-1))
+    nothing = modeling_gpt.additive_mask(torch.full_like(added, torch.finfo(torch.float32).min), scores)
+    assert torch.isfinite((scores * 1e3 + nothing).softmax(-1)).all()
 
 
 @pytest.mark.slow
@@ -239,14 +245,14 @@ def test_flex_attention_agrees(model: GPTForCausalLM) -> None:
         (torch.bfloat16, 40, None, False),  # longer than the threshold set below
     ],
 )
-def test_the_matmul_is_chosen_by_device_dtype_and_length(
+def test_plain_matmuls_are_chosen_by_device_dtype_and_length(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keys: int, implementation: str | None, matmul: bool
 ) -> None:
     calls = []
-    original = modeling_gpt.matmul_attention
+    original = modeling_gpt.eager_attention
     monkeypatch.setattr(modeling_gpt, "MATMUL_MAX_KEYS", 32)
     monkeypatch.setattr(
-        modeling_gpt, "matmul_attention", lambda *args: calls.append(args[1].shape[2]) or original(*args)
+        modeling_gpt, "eager_attention", lambda *args: calls.append(args[2].shape[2]) or original(*args)
     )
     model = tiny(attn_implementation=implementation).to(dtype)
     cache = model(tokens(length=keys)).past_key_values
