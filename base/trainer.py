@@ -1,0 +1,359 @@
+"""What every stage on a TRL trainer shares: loading, checkpoints to be trusted, resuming, figures, saving.
+
+    class SFTTrainer(StageTrainer, trl.SFTTrainer): ...
+
+    trainer = SFTTrainer(model, args=trainer_config(SFTConfig, run), ...)
+    metrics = fit(trainer, run)
+    publish(trainer, run, metrics)
+
+The trainer lives in the run's work directory. A checkpoint counts once its checksums are there, written last:
+one cut off by a kill is never resumed from, nor one that was damaged since.
+"""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from trueup.base.adapters import is_adapter, merge
+from trueup.base.checkpoint import CHECKSUMS
+from trueup.base.checkpoint import _checksums as checksums
+from trueup.base.checkpoint import _problem as problem
+from trueup.base.device import keep_freed_memory
+from trueup.base.interrupt import Interrupted, StopRequest
+from trueup.base.progress import TrainingProgress, show
+from trueup.recipes.directory import ModelDirectory, write_json, writing
+from trueup.recipes.errors import TrueupError
+from trueup.recipes.run import Run, is_main_process
+
+LOG = "log.jsonl"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(work_dir: Path) -> list[Path]:
+    """All `checkpoint-N` directories, the newest first, complete or not."""
+    found = [path for path in work_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def newest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest whole checkpoint; those that are not whole are named and removed."""
+    for checkpoint in checkpoints(work_dir):
+        found = problem(checkpoint)
+        if not found:
+            return checkpoint
+        if is_main_process():
+            print(f"{checkpoint}: {found}; removed, going on from the one before", flush=True)
+            shutil.rmtree(checkpoint)
+    return None
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose checkpoints carry checksums and whose loss is watched. Put it before TRL's class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Trainer deletes old checkpoints before the new one is whole: a kill there would leave none.
+        self.checkpoints_kept = self.args.save_total_limit
+        self.args.save_total_limit = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (checkpoint / CHECKSUMS).unlink(missing_ok=True)
+        with writing(checkpoint):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_json(checkpoint / CHECKSUMS, checksums(checkpoint))
+                self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        best = self.state.best_model_checkpoint
+        for old in checkpoints(Path(self.args.output_dir))[self.checkpoints_kept or None :]:
+            if best is None or old != Path(best):
+                shutil.rmtree(old)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: TRL writes one at every checkpoint; ours is made when the model is published."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss is {loss.item()}")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Checked before the optimizer steps, so that no checkpoint holds spoiled weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):  # fp16's scaler skips such steps
+            raise self._not_finite(f"the gradient's norm is {float(grad_norm)}")
+        return grad_norm
+
+    def _not_finite(self, what: str) -> TrueupError:
+        rate = self._get_learning_rate()
+        return TrueupError(
+            f"step {self.state.global_step + 1}: {what} (learning rate {rate:.3g}). Lower learning_rate or "
+            f"lengthen warmup_steps; with fp16, try bf16. The last checkpoint is from before: "
+            f"{self.args.output_dir}"
+        )
+
+
+# ---------------------------------------------------------------- watching
+
+
+class Progress(TrainerCallback):
+    """Shows the run through TrainingProgress, with loss and speed; a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self.shown: TrainingProgress | None = None
+        self.batches = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.shown = TrainingProgress(state.max_steps, state.global_step, state.is_world_process_zero)
+        self.shown.__enter__()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.shown is not None:
+            self.shown.advance(state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.batches += 1
+        if self.shown is not None:
+            self.shown.bar.update(self.shown.task, figures=f"evaluating, batch {self.batches}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        figures = {k: v for k, v in logs.items() if k.startswith("eval_") and not k.endswith(_SPEED)}
+        self.batches = 0
+        if figures and state.is_world_process_zero:
+            shown = "  ".join(f"{name} {show(value)}" for name, value in figures.items())
+            line = f"step {state.global_step}: {shown}"
+            self.shown.say(line) if self.shown is not None else print(line, flush=True)
+        elif "loss" in logs and self.shown is not None:
+            named = {"loss": logs["loss"], "lr": logs["learning_rate"]}
+            if "train_tokens_per_second" in logs:
+                named["tokens/s"] = logs["train_tokens_per_second"]
+            self.shown.report(state.global_step, named)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.shown is not None:
+            self.shown.__exit__(None, None, None)
+            self.shown = None
+
+
+_SPEED = ("_runtime", "_per_second", "_seen")
+
+
+class LogFile(TrainerCallback):
+    """`log.jsonl`: one line per logging event. A resumed run takes over the checkpoint's own history, so no
+    step stands in it twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            write_log(self.path, state.log_history)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def write_log(path: Path, history: list[dict[str, Any]]) -> None:
+    """The logged events as JSON lines."""
+    path.write_text("".join(json.dumps(event) + "\n" for event in history), encoding="utf-8")
+
+
+class StopWhenAsked(TrainerCallback):
+    """Turns a signal into: finish this step, save, stop. `asked` is its number, 0 if the run went on."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.asked = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        number = self.request.number
+        if args.world_size > 1:  # it may reach the processes at different steps; all stop at the same one
+            shared = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            number = int(shared)
+        if number and state.global_step < state.max_steps:
+            self.asked = number
+            control.should_save = control.should_training_stop = True
+
+
+# ---------------------------------------------------------------- running
+
+
+def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
+    """Train, going on from the newest whole checkpoint, and evaluate at the end.
+
+    Returns:
+        The final figures: `train_loss` (of the last logging window), `eval_*`, `steps`, `epochs`,
+        `tokens_per_second` (of this process, trained tokens and their context, padding not counted).
+
+    Raises:
+        Interrupted: stopped by a signal, after saving a checkpoint.
+        TrueupError: the loss or the gradient is not finite, or the disk is full.
+    """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress())
+    trainer.add_callback(LogFile(run.work_dir / LOG))
+    seconds, tokens = _train_or_reload(trainer, newest_checkpoint(run.work_dir))
+    if trainer.eval_dataset is not None and not _evaluated_at(trainer.state):
+        trainer.evaluate()
+    figures = _final_figures(trainer.state)
+    return figures | ({"tokens_per_second": tokens / seconds} if tokens else {})
+
+
+def _train_or_reload(trainer: StageTrainer, checkpoint: Path | None) -> tuple[float, int]:
+    """Train to the end; returns the seconds and tokens of this process."""
+    before = TrainerState()
+    if checkpoint is not None:
+        before = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if is_main_process():
+            print(f"{checkpoint}: going on from step {before.global_step} of {before.max_steps}", flush=True)
+    if checkpoint is not None and before.global_step >= before.max_steps:
+        # Trained to the end, and stopped before the directory was written. train() would take one step more.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = before
+        if trainer.args.load_best_model_at_end and before.best_model_checkpoint:
+            trainer._load_best_model()
+        return 0.0, 0
+    started = time.monotonic()
+    with StopRequest() as request:
+        stop = StopWhenAsked(request)
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked:
+        raise Interrupted(stop.asked, trainer.state.global_step, trainer.state.max_steps)
+    return time.monotonic() - started, trainer.state.num_input_tokens_seen - before.num_input_tokens_seen
+
+
+def _evaluated_at(state: TrainerState) -> bool:
+    return any("eval_loss" in event and event["step"] == state.global_step for event in state.log_history)
+
+
+def _final_figures(state: TrainerState) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for event in state.log_history:
+        if "loss" in event:
+            figures["train_loss"] = event["loss"]
+        figures |= {k: v for k, v in event.items() if k.startswith("eval_") and not k.endswith(_SPEED)}
+    return figures | {"steps": state.global_step, "epochs": round(state.epoch or 0.0, 4)}
+
+
+# ---------------------------------------------------------------- saving
+
+
+def publish(
+    trainer: StageTrainer, run: Run, metrics: dict[str, float], probe: dict[str, torch.Tensor]
+) -> ModelDirectory | None:
+    """Write the model directory: with LoRA the merged model, and the adapter in `adapter/`.
+
+    Args:
+        probe: a small batch (`input_ids`, ...) on which merged and adapted model must agree.
+
+    Returns:
+        The directory, on the process that writes; None on the others.
+
+    Raises:
+        TrueupError: merging changed the model.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not is_main_process():
+        return None
+    # Without autocast's wrapper: in bf16 no merge could be checked.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    tokenizer = trainer.processing_class
+
+    def save(path: Path) -> None:
+        if is_adapter(model):
+            model.save_pretrained(path / "adapter")
+            save_model(merge(model, probe), tokenizer, path)
+        else:
+            save_model(model, tokenizer, path, state_dict=weights)
+        draw_losses(trainer.state.log_history, path / "loss.png")
+
+    directory = run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
+    for checkpoint in checkpoints(run.work_dir):
+        shutil.rmtree(checkpoint)
+    return directory
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, **options: Any
+) -> None:
+    """A full checkpoint that the Auto classes open on its own: weights, configuration, the model's code,
+    tokenizer with its chat template, generation configuration."""
+    model.config.use_cache = True  # Trainer turns it off while it trains, and would save it so
+    model.save_pretrained(path, **options)
+    tokenizer.save_pretrained(path)
+
+
+def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Training and held-out loss over the steps, as a PNG.
+
+    Args:
+        history: Trainer's `log_history`.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        events = [event for event in history if name in event]
+        axes.plot([e["step"] for e in events], [e[name] for e in events], style, ms=3, lw=1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,156 @@
+"""The SFT stage: a base model learns to answer, from conversations, prompts and completions, or text."""
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl import ModelConfig, SFTConfig
+
+from trueup.base import adapters
+from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
+from trueup.base.stage import (
+    StageArguments,
+    check_template,
+    key,
+    load_model,
+    load_tokenizer,
+    set_up,
+    template_errors,
+    trainer_config,
+)
+from trueup.recipes.errors import UsageError
+from trueup.recipes.run import Run, is_main_process
+
+if TYPE_CHECKING:
+    from trueup.sft.trainer import SFTTrainer
+
+CONVERSATIONAL = "messages"
+
+
+@dataclass
+class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
+    """Fine-tune a language model on examples of how it should answer."""
+
+    dataset_form: str = key(
+        CONVERSATIONAL,
+        "What the rows are read as: messages (any chat layout), prompt_completion, or text.",
+        choices=[CONVERSATIONAL, "prompt_completion", "text"],
+    )
+
+    # Training the questions too teaches a chat model to ask them. TRL's default (False) does.
+    assistant_only_loss: bool | None = key(
+        None, "Train the assistant's turns only; default: yes where rows are messages."
+    )
+
+    def __post_init__(self) -> None:
+        if self.assistant_only_loss is None:
+            self.assistant_only_loss = self.dataset_form == CONVERSATIONAL
+        set_up(self, SFTConfig)
+
+    @classmethod
+    def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
+        """See `trueup.recipes.stages.Stage`."""
+        form = given.get("dataset_form", CONVERSATIONAL)
+        found = super().contradictions(given)
+        if given.get("assistant_only_loss") and form != CONVERSATIONAL:
+            found.append(("assistant_only_loss", f"needs dataset_form: messages, not {form}"))
+        if given.get("completion_only_loss") and form != "prompt_completion":
+            found.append(("completion_only_loss", f"needs dataset_form: prompt_completion, not {form}"))
+        if given.get("packing") and "max_length" in given and given["max_length"] is None:
+            found.append(("packing", "needs a max_length to pack to"))
+        if (
+            given.get("padding_free")
+            and not given.get("packing")
+            and given.get("max_length", 1024) is not None
+        ):
+            found.append(("padding_free", "does not truncate: add packing: true, or max_length: null"))
+        return found
+
+    def data(self) -> list[dict[str, Any]]:
+        """Fingerprints of the examples, and of the held-out ones if they are scored."""
+        return [data_fingerprint(self, split) for split in self._splits()]
+
+    def run(self, run: Run) -> None:
+        """Train, and publish the model directory."""
+        from trueup.base.trainer import fit, publish
+
+        tokenizer = load_tokenizer(self)
+        model = load_model(self)
+        length = self._length(run.recipe.origin["max_length"] != "default", model.config)
+        trainer = self.trainer(run.recipe.values | {"max_length": length}, run.work_dir, model, tokenizer)
+        _say(*(line for report in trainer.reports.values() for line in report.lines()))
+        metrics = fit(trainer, run)
+        metrics["trained_fraction"] = round(trainer.reports["train"].fraction, 4)
+        row = next(iter(trainer.train_dataset))["input_ids"]
+        publish(trainer, run, metrics, probe={"input_ids": torch.tensor([row[:64]])})
+
+    def trainer(self, values: dict[str, Any], work_dir: Path, model: Any, tokenizer: Any) -> "SFTTrainer":
+        """The trainer, its data prepared.
+
+        Args:
+            values: the recipe's values.
+
+        Raises:
+            TrueupError: data or chat template do not fit, or no token would be trained.
+        """
+        from trueup.sft.trainer import SFTTrainer
+
+        rows = {split: self._rows(split) for split in self._splits()}
+        if (template := Path(self.chat_template_path or "-")).is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        if self._conversational(rows["train"]) and not template.is_dir():
+            check_template(tokenizer, masked=bool(self.assistant_only_loss))
+        config = trainer_config(
+            SFTConfig,
+            values,
+            work_dir,
+            assistant_only_loss=self.assistant_only_loss,
+            dataset_text_field="text",  # load_data has renamed the column
+        )
+        with template_errors(chain(*rows.values()), tokenizer):
+            return SFTTrainer(
+                model=model,
+                args=config,
+                processing_class=tokenizer,
+                train_dataset=rows["train"],
+                eval_dataset=rows.get("validation"),
+                peft_config=adapters.lora_config(self, model),
+            )
+
+    def _splits(self) -> tuple[Split, ...]:
+        return ("train",) if self.eval_strategy == "no" else ("train", "validation")
+
+    def _conversational(self, rows: Any) -> bool:
+        """load_data sees to it that the rows of a set are all conversations or all strings."""
+        first = next(iter(rows))
+        return isinstance(first.get("messages", first.get("prompt")), list)
+
+    def _rows(self, split: Split) -> Any:
+        reports: list[Any] = []
+        rows = load_data(self, split, self.dataset_form, reports)
+        _say(*reports)
+        return rows
+
+    def _length(self, chosen: bool, config: Any) -> int | None:
+        """max_length, held to the model's context: beyond it a model was never trained.
+
+        Args:
+            chosen: whether the recipe names it, rather than leaving TRL's default of 1,024.
+        """
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if context is None or (self.max_length or 0) <= context:
+            return self.max_length
+        if chosen:
+            raise UsageError(
+                f"max_length: {self.max_length:,} is more than the model's {context:,} positions; lower it"
+            )
+        _say(f"max_length: {context:,} (the model's context)")
+        return context
+
+
+def _say(*lines: Any) -> None:
+    if is_main_process():
+        for line in lines:
+            print(line, flush=True)
