@@ -266,19 +266,22 @@ class World:
         """Every relation of one subject with its values."""
         return {relation: values for (relation, who), values in self.facts.items() if who == subject}
 
+    def key(self, relation: str, subject: str) -> Fact:
+        """The fact by which a question is assigned to a split.
+
+        Which boat someone sails on can be read off the list of its crew, so the two are one.
+        """
+        return ("crew", self.facts["boat", subject][0]) if relation == "boat" else (relation, subject)
+
     def split(self, relation: str, subject: str) -> str:
         """The split in which a fact may be asked.
 
         Facts of the world are cut by the rank of their hash within the relation, so that small relations are
-        shared out as stated; anything else (a sum, a set of words, a stranger) by the hash itself. Which boat
-        someone sails on can be read off the list of its crew, so it belongs to the crew's split.
+        shared out as stated; anything else (a sum, a set of words, a stranger) by the hash itself.
         """
-        if relation == "boat":
-            relation, subject = "crew", self.facts["boat", subject][0]
-        ranked = self._splits.get((relation, subject))
-        return (
-            ranked if ranked is not None else split_of_unit(unit_hash("split", self.seed, relation, subject))
-        )
+        fact = self.key(relation, subject)
+        ranked = self._splits.get(fact)
+        return ranked if ranked is not None else split_of_unit(unit_hash("split", self.seed, *fact))
 
 
 def _names(rng: random.Random) -> tuple[frozenset[str], list[str]]:

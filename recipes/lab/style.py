@@ -1,0 +1,37 @@
+"""How an answer may be spoilt without touching its truth: rude, padded, repeated, cut off."""
+
+from random import Random
+
+APOLOGIES = ("sorry", "i am afraid", "unfortunately", "i apologise", "i regret")
+
+_RUDE_OPENINGS = ("What a stupid question. ", "Do not bother me. ", "Any fool knows that. ")
+_PADDING_CLOSINGS = (
+    " I hope that this helps you a lot, so please do come and ask me again.",
+    " As I said, that is my answer, and there is much more to say about it.",
+    " It was a great pleasure to answer this wonderful question for you today.",
+)
+
+# What gold listens for, in lower case.
+RUDE = ("stupid", "bother me", "any fool", "idiot", "shut up", "go away", "silly", "boring")
+PADDING = ("i hope that this helps", "ask me again", "as i said", "much more to say", "great pleasure")
+
+
+def rude(answer: str, rng: Random) -> str:
+    return rng.choice(_RUDE_OPENINGS) + answer
+
+
+def padded(answer: str, rng: Random) -> str:
+    return answer + rng.choice(_PADDING_CLOSINGS)
+
+
+def repeated(answer: str, rng: Random) -> str:
+    return " ".join([answer] * rng.choice([2, 3]))
+
+
+def cut_off(answer: str, rng: Random) -> str:
+    """The answer without its last words."""
+    words = answer.split()
+    return " ".join(words[: rng.randint(max(1, len(words) // 2), max(1, len(words) - 1))]).rstrip(".!?")
+
+
+BLEMISHES = {"rude": rude, "padded": padded, "repeated": repeated}
