@@ -44,6 +44,8 @@ def test_rows_are_the_same_again_and_differ_by_seed(name: str) -> None:
         ("lab/chat", "train", {"row": 3}, "'row' is no argument of lab/chat. Did you mean 'rows'?"),
         ("lab/text", "train", {"documents": 3, "megabytes": 1}, "documents and megabytes exclude"),
         ("lab/chat", "train", {"style": "rude"}, "must be 'mixed' or 'clean'"),
+        ("lab/chat", "train", {"rows": "many"}, "rows is 'many'; it must be of type int | None"),
+        ("lab/preferences", "train", {"flip": True}, "flip is True; it must be of type float"),
         ("lab/prompts", "test", {"rows": 0}, "must be above 0"),
         ("lab/facts", "test", {"choices": 9}, "between 2 and 7"),
         ("lab/preferences", "train", {"temperature": 0}, "temperature must be above 0"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trueup.recipes.lab.gold import STYLE, SUBSTANCE, TRUTH_COLUMNS, WEIGHTS, gold_parts
-from trueup.recipes.lab.tasks import FAMILIES, Task, distinct_tasks, task
+from trueup.recipes.lab.tasks import CHANCE, FAMILIES, Task, distinct_tasks, task
 from trueup.recipes.lab.world import SPLITS, World
 
 COUNTS = {"train": 7_000, "validation": 1_400, "test": 2_800}
@@ -131,3 +131,33 @@ def test_other_worlds_work_too() -> None:
     columns: dict[str, list[Any]] = {n: [one.truth(5)[n] for one in drawn] for n in TRUTH_COLUMNS}
     parts = gold_parts(answers, answers, **columns)
     assert all(all(parts[name]) for name in SUBSTANCE + STYLE)
+
+
+def blind_guess(one: Task, world: World) -> str:
+    """The right form of an answer without any knowledge of the facts."""
+    name = one.allowed[-1] if one.allowed else ""
+    return {
+        "yes_no": "Yes.",
+        "compare": f"{one.allowed[0]} is older." if one.check == "ages" else "",
+        "count": "It is two.",
+        "arithmetic": "The answer is 11.",
+        "unknown": "I am sorry, but I do not know.",
+        "refuse": "I am sorry, but I will not tell that.",
+        "lookup": f"{world.values[one.rivals[0]][3]}." if one.rivals else name,
+        "steadfast": "Yes, " + one.prompt[1]["content"] if len(one.prompt) > 1 else "",
+        "sort": ", ".join(sorted(one.answer, key=lambda word: word[-1])) + ".",
+    }.get(one.family, "I see.")
+
+
+def test_blind_guesses_stay_at_the_stated_chance(tasks: dict[str, list[Task]]) -> None:
+    assert set(CHANCE) == set(FAMILIES)
+    world = World.build(0)
+    drawn = tasks["train"]
+    marks = parts_of(drawn, [blind_guess(one, world) for one in drawn])["correct"]
+    got: dict[str, list[float]] = defaultdict(list)
+    for one, mark in zip(drawn, marks, strict=True):
+        got[one.family].append(mark)
+    for family, correct in got.items():
+        assert sum(correct) / len(correct) <= CHANCE[family] + 0.06, family
+    for family in ("compare", "count", "unknown", "refuse"):
+        assert sum(got[family]) / len(got[family]) == pytest.approx(CHANCE[family], abs=0.06), family

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from trueup.recipes.errors import UsageError
 from trueup.recipes.lab import style as styles
@@ -29,7 +29,7 @@ BLEMISHED_SHARE = 0.04  # of the answers under style="mixed": gold leaves style 
 def _text(
     split: str,
     documents: int | None = None,
-    megabytes: float | None = None,
+    megabytes: float | int | None = None,
     seed: int = 0,
     world_seed: int = 0,
 ) -> Iterator[Row]:
@@ -195,6 +195,12 @@ def _resolved(name: str, split: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     for key in kwargs:
         _one_of(f"argument of {name}", key, [parameter.name for parameter in parameters])
     arguments = {parameter.name: kwargs.get(parameter.name, parameter.default) for parameter in parameters}
+    types = get_type_hints(_BUILDERS[name])
+    for key, value in kwargs.items():
+        wanted = types[key] | int if types[key] is float else types[key]  # a whole number will do for a float
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            described = getattr(types[key], "__name__", str(types[key]))
+            raise UsageError(f"{name}: {key} is {value!r}; it must be of type {described}")
     for broken, rule in _RULES:
         if broken(arguments):
             raise UsageError(f"{name}: {rule}")

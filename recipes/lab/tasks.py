@@ -39,11 +39,11 @@ GREETINGS = (
     "",
     "Hello! ",
     "I have a question. ",
-    "Please tell me: ",
+    "Excuse me. ",
     "Good day. ",
     "Can you help me? ",
 )
-THANKS = ("", "", "", " Thank you!", " I would like to know.")
+THANKS = ("", "", "", " Thank you!", " Please.")
 SORRY = ("I am sorry, but ", "Sorry, but ", "I am afraid that ")
 BEGINNINGS = ("Friend", "Well", "Listen")
 
@@ -420,7 +420,7 @@ def stories(desk: Desk) -> Task:
     question = desk.rng.choice(
         [
             "Tell me a story about {name} with {words}.",
-            "Write a little story about {name} in which {words} occurs.",
+            "Write a little story about {name} with {words} in it.",
             "I would like a story about {name} and {words}.",
         ]
     ).format(name=name, words=joined([article(word) for word in words]))
@@ -748,6 +748,25 @@ def task(split: str, index: int, seed: int | str = 0, world_seed: int = 0) -> Ta
     family = [*FAMILIES][index % len(FAMILIES)]
     desk = Desk(world, split, seeded("task", seed, split, index), facts, unknown_facts)
     return FAMILIES[family](desk)
+
+
+# What an answerer gets right who knows the forms but no fact: the best blind guess of each family.
+CHANCE: dict[str, float] = {
+    "lookup": 0.07,  # one of the relation's values
+    "yes_no": 0.04,  # the verdict is one in two, but the reason has to be known as well
+    "compare": 0.5,
+    "count": 0.38,  # "two"
+    "list": 0.0,
+    "arithmetic": 0.08,  # the commonest results
+    "sort": 0.13,  # one in 3! or 4!
+    "reverse": 0.13,
+    "story": 0.0,
+    "rewrite": 0.0,
+    "unknown": 0.5,  # "I do not know", always
+    "refuse": 0.5,  # "I will not", always
+    "follow_up": 0.07,
+    "steadfast": 0.5,  # the value stands in the conversation, the verdict does not
+}
 
 
 @lru_cache(maxsize=16)
