@@ -34,7 +34,7 @@ def save(model: Any, path: Path, record: dict[str, Any] | None = None) -> Path:
 
 
 def test_gold_is_the_labs_and_wants_its_columns() -> None:
-    with pytest.raises(TrueupError, match="gold: column '.*' is missing"):
+    with pytest.raises(TrueupError, match=r"gold: column '.*' is missing"):
         resolve_scorer("gold")(["p"], ["a"], ended=[True])
 
 
