@@ -14,7 +14,6 @@ from trueup.base.packing import Batch, Packed, pack, tokenize
 from trueup.recipes.errors import TrueupError
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
     from transformers import PreTrainedTokenizerFast
 
 WINDOW = 4_096  # documents of a stream packed and shuffled together
@@ -78,7 +77,7 @@ class StreamBatches:
 
     def __init__(
         self,
-        texts: "IterableDataset",
+        texts: Iterable[dict[str, Any]],
         tokenizer: "PreTrainedTokenizerFast",
         max_length: int,
         shares: Shares,

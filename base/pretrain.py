@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
+
 from trueup.base.data import DataArguments, data_fingerprint
 from trueup.base.schedule import SCHEDULE_DEFAULTS
 from trueup.recipes.directory import Kind
@@ -50,7 +52,7 @@ class GPTArguments:
         """The model's configuration; `special` are vocab_size and the special tokens' ids.
 
         Raises:
-            ValueError: the fields do not fit together.
+            StrictDataclassError: the fields do not fit together.
         """
         from trueup.base.configuration_gpt import GPTConfig
 
@@ -217,7 +219,7 @@ def _shape_problems(given: dict[str, Any]) -> list[tuple[str, str]]:
     shape = GPTArguments(**{key: value for key, value in given.items() if key in names})
     try:
         shape.gpt_config(given.get("max_length", PretrainRecipe.max_length))
-    except (ValueError, TypeError) as error:  # `@strict` wraps the message that counts in lines of its own
+    except (StrictDataclassError, ValueError, TypeError) as error:  # the last line is the one that counts
         message = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         field_name, equals, rest = message.partition("=")
         return [(field_name, rest)] if equals and field_name in names else [("hidden_size", message)]

@@ -165,5 +165,6 @@ def _packing(packed: Packed) -> str:
     documents = packed.documents
     return (
         f"{documents.text_bytes:,} bytes, {len(documents.ends):,} documents, "
-        f"{len(documents.tokens):,} tokens in {len(packed):,} rows: none lost, {packed.padding:.2%} of the positions padded"
+        f"{len(documents.tokens):,} tokens in {len(packed):,} rows: none lost, "
+        f"{packed.padding:.2%} of the positions padded"
     )

@@ -157,7 +157,7 @@ class Pretraining:
         plan = self.plan
         with self.progress, StopRequest() as stop:
             for step in range(self.first, plan.steps):
-                figures, stopping = self.step(step, stop.number)
+                figures, stopping = self.step(step, stop)
                 done, last = step + 1, step + 1 == plan.steps
                 self.progress.advance(done)
                 if done % plan.log_every == 0 or last:
@@ -169,7 +169,7 @@ class Pretraining:
                 if stopping:
                     raise Interrupted(stopping, done, plan.steps)
 
-    def step(self, step: int, stop: int) -> tuple[dict[str, float], int]:
+    def step(self, step: int, stop: StopRequest) -> tuple[dict[str, float], int]:
         """One optimizer step; its figures, and the signal that any process was asked to stop by (0: none)."""
         accelerator, started = self.accelerator, time.perf_counter()
         batches = self.batches.step(step)
@@ -189,7 +189,7 @@ class Pretraining:
                 nats += loss.detach()
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.loss.parameters(), self.recipe.max_grad_norm)
-        mean, stopping = float(self._sum(nats)) / targets, int(self._max(stop))
+        mean, stopping = float(self._sum(nats)) / targets, self._max(stop.number)
         figures = {
             "loss": mean,
             "grad_norm": float(norm or 0.0),
