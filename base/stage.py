@@ -6,6 +6,7 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig): ...
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -73,6 +74,15 @@ class StageArguments:
         return {"model_name_or_path": (str(self.model_name_or_path), "causal-lm")}
 
 
+@dataclass
+class TokenPreview:
+    """Documents as a stage would train them: what `trueup inspect RECIPE` shows."""
+
+    documents: list[tuple[list[int], list[bool]]]  # token ids, and whether each is trained
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]  # on the whole data set: counts, trained fraction, truncation
+
+
 def set_up(recipe: Any, config_class: Any) -> None:
     """What TRL's configs do after construction: call it in `__post_init__`."""
     if recipe.activation_checkpointing is None:
@@ -81,6 +91,10 @@ def set_up(recipe: Any, config_class: Any) -> None:
             None,
         )
     ModelConfig.__post_init__(recipe)
+    # TRL makes a lone name a string, which PEFT takes for a pattern of whole paths: [o_proj] matches nothing.
+    target = recipe.lora_target_modules
+    if isinstance(target, str) and target != "all-linear" and re.fullmatch(r"[\w.]+", target):
+        recipe.lora_target_modules = [target]
     config_class.__post_init__(recipe)
 
 

@@ -1,7 +1,8 @@
 """The SFT stage: a base model learns to answer, from conversations, prompts and completions, or text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from trl import ModelConfig, SFTConfig
 
 from trueup.base import adapters
 from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
+from trueup.base.loss import IGNORED
 from trueup.base.stage import (
     StageArguments,
+    TokenPreview,
     check_template,
     key,
     load_model,
@@ -79,14 +82,36 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         tokenizer = load_tokenizer(self)
         model = load_model(self)
         length = self._length(run.recipe.origin["max_length"] != "default", model.config)
-        trainer = self.trainer(run.recipe.values | {"max_length": length}, run.work_dir, model, tokenizer)
+        values = run.recipe.values | {"max_length": length}
+        adapter = adapters.lora_config(self, model)
+        trainer = self.trainer(values, run.work_dir, model, tokenizer, adapter)
         _say(*(line for report in trainer.reports.values() for line in report.lines()))
         metrics = fit(trainer, run)
         metrics["trained_fraction"] = round(trainer.reports["train"].fraction, 4)
         row = next(iter(trainer.train_dataset))["input_ids"]
         publish(trainer, run, metrics, probe={"input_ids": torch.tensor([row[:64]])})
 
-    def trainer(self, values: dict[str, Any], work_dir: Path, model: Any, tokenizer: Any) -> "SFTTrainer":
+    def preview(self, values: dict[str, Any], origin: dict[str, str], rows: int) -> TokenPreview:
+        """The first rows as they would be trained, by the same preparation; no weights are read."""
+        from transformers import AutoConfig
+
+        from trueup.base import GPTConfig, GPTForCausalLM
+
+        tokenizer = load_tokenizer(self)
+        config = AutoConfig.from_pretrained(
+            self.model_name_or_path, trust_remote_code=self.trust_remote_code, revision=self.model_revision
+        )
+        values = values | {"max_length": self._length(origin["max_length"] != "default", config)}
+        # The trainer wants a model, its preparation does not use it.
+        model = GPTForCausalLM(GPTConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1))
+        trainer = self.trainer(values, Path(self.output_dir), model, tokenizer)
+        shown = list(islice(iter(trainer.train_dataset), rows))
+        notes = [line for report in trainer.reports.values() for line in report.lines()]
+        return TokenPreview([document for row in shown for document in _documents(row)], tokenizer, notes)
+
+    def trainer(
+        self, values: dict[str, Any], work_dir: Path, model: Any, tokenizer: Any, adapter: Any = None
+    ) -> "SFTTrainer":
         """The trainer, its data prepared.
 
         Args:
@@ -116,7 +141,7 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
                 processing_class=tokenizer,
                 train_dataset=rows["train"],
                 eval_dataset=rows.get("validation"),
-                peft_config=adapters.lora_config(self, model),
+                peft_config=adapter,
             )
 
     def _splits(self) -> tuple[Split, ...]:
@@ -148,6 +173,15 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
             )
         _say(f"max_length: {context:,} (the model's context)")
         return context
+
+
+def _documents(row: dict[str, Any]) -> Iterator[tuple[list[int], list[bool]]]:
+    """(ids, trained) of a prepared row, or of each document packed into it."""
+    start = 0
+    for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+        part = slice(start, start + length)
+        yield row["input_ids"][part], [label != IGNORED for label in row["labels"][part]]
+        start += length
 
 
 def _say(*lines: Any) -> None:
