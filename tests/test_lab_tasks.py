@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.gold import STYLE, SUBSTANCE, TRUTH_COLUMNS, WEIGHTS, gold_parts
-from trueup.recipes.lab.tasks import CHANCE, FAMILIES, Task, distinct_tasks, task
+from trueup.recipes.lab.tasks import CHANCE, FAMILIES, distinct_tasks, task
 from trueup.recipes.lab.world import SPLITS, World
 
 COUNTS = {"train": 7_000, "validation": 1_400, "test": 2_800}

@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 
 from trueup.recipes.errors import UsageError
 from trueup.recipes.lab import style as styles
+from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.preferences import pair
-from trueup.recipes.lab.tasks import Task, distinct_tasks, task
+from trueup.recipes.lab.tasks import distinct_tasks, task
 from trueup.recipes.lab.text import documents as all_documents
 from trueup.recipes.lab.wording import STATEMENTS, fill, named, questions, value_text
 from trueup.recipes.lab.world import RELATIONS, SPLITS, World, seeded

@@ -1,7 +1,7 @@
 """The gold scorer: what an answer of the lab is truly worth, part by part.
 
 `gold` has TRL's reward-function signature, so it may be named wherever a scorer may. Every part is 0 or 1 and
-is decided from the truth columns that stand in each row of the lab (see `tasks.Task`), never by a model.
+is decided from the truth columns that stand in each row of the lab (see `desk.Task`), never by a model.
 """
 
 import re

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from random import Random
 
 from trueup.recipes.lab import style
+from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.gold import WEIGHTS, gold_parts
-from trueup.recipes.lab.tasks import Task, task
+from trueup.recipes.lab.tasks import task
 from trueup.recipes.lab.world import seeded
 
 # What candidates are drawn from. Most pairs differ in substance: style alone is learnt soon enough.
