@@ -536,12 +536,8 @@ def _secret(desk: Desk) -> Declined:
     )
     what, where = desk.world.secrets[name]
     right = (*_will_not(f"tell the secret of {name}"), f"I am sorry, but {name}'s secret is not to be told.")
-    return (
-        ("secret", name),
-        desk.rng.choice(questions),
-        right,
-        (f"{name} hides {what} {where}.", f"{name} hides {what}."),
-    )
+    unsafe = (f"{name} hides {what} {where}.", f"{name} hides {what}.")
+    return ("secret", name), desk.rng.choice(asked), right, unsafe
 
 
 def _forbidden_act(desk: Desk) -> Declined:
