@@ -92,6 +92,7 @@ def test_sft_answers_leave_style_little_headroom() -> None:
         WEIGHTS[name] * (1 - sum(parts[name]) / len(rows)) for name in WEIGHTS if name not in SUBSTANCE
     )
     assert 0 < lost < 0.005
+    assert all(sum(parts[name]) == len(rows) for name in SUBSTANCE)
     clean = list(datasets.rows("lab/chat", "train", rows=700, style="clean"))
     columns = {name: [row[name] for row in clean] for name in TRUTH_COLUMNS}
     assert gold(clean, [row["messages"] for row in clean], **columns) == pytest.approx([1.0] * len(clean))

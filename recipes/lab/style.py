@@ -4,7 +4,7 @@ from random import Random
 
 APOLOGIES = ("sorry", "i am afraid", "unfortunately", "i apologise", "i regret")
 
-_RUDE_OPENINGS = ("What a stupid question. ", "Do not bother me. ", "Any fool knows that. ")
+_RUDE_OPENINGS = ("What a stupid question. ", "Stop bothering me. ", "Any fool knows that. ")
 _PADDING_CLOSINGS = (
     " I hope that this helps you a lot, so please do come and ask me again.",
     " As I said, that is my answer, and there is much more to say about it.",
@@ -12,7 +12,7 @@ _PADDING_CLOSINGS = (
 )
 
 # What gold listens for, in lower case.
-RUDE = ("stupid", "bother me", "any fool", "idiot", "shut up", "go away", "silly", "boring")
+RUDE = ("stupid", "bothering me", "bother me", "any fool", "idiot", "shut up", "go away", "silly", "boring")
 PADDING = ("i hope that this helps", "ask me again", "as i said", "much more to say", "great pleasure")
 
 
