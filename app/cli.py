@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from trueup.app.chat import chat
 from trueup.app.inspect import inspect
 from trueup.app.lab import lab
+from trueup.app.lab_measure import learned, score
+from trueup.app.merge import merge
 from trueup.app.runner import run_folder, run_one, run_stage
 from trueup.recipes.directory import disk_error
 from trueup.recipes.errors import TrueupError, UsageError
@@ -34,7 +37,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage (command line or recipe). --debug shows tracebacks.",
 )
 
-RUN, STAGE, LOOK = "Run recipes", "Stages, one by one", "Look"
+RUN, STAGE, LOOK = "Run recipes", "Stages, one by one", "Models and data"
 
 
 @app.command(
@@ -100,7 +103,11 @@ def _stage_command(verb: str, summary: str) -> Callable[..., None]:
 for _verb, (_target, _summary) in STAGES.items():
     _stage_command(_verb, _summary)
 
+app.command("chat", rich_help_panel=LOOK)(chat)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
+app.command("merge", rich_help_panel=LOOK)(merge)
+lab.command()(score)
+lab.command()(learned)
 app.add_typer(lab, name="lab", rich_help_panel=LOOK)
 
 

@@ -1,4 +1,4 @@
-"""`trueup inspect DIR`: what a model directory is, whether it is intact, and where it comes from."""
+"""`trueup inspect`: a model directory's figures and lineage, or what a recipe trains, token by token."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,27 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from trueup.recipes.directory import ModelDirectory, open_directory
+from trueup.recipes.reader import read_recipe
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A model directory.", metavar="DIR")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record and lineage as JSON.")] = False,
+    path: Annotated[Path, typer.Argument(help="A model directory, or an SFT recipe.", metavar="DIR|RECIPE")],
+    rows: Annotated[int, typer.Option(min=1, help="Of a recipe: how many rows to show.")] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Of a directory: record and lineage as JSON.")
+    ] = False,
 ) -> None:
-    """Show a model directory: identity, stage, figures, data, and its lineage as a tree."""
-    opened = open_directory(directory)
+    """Show where a model directory comes from, or the tokens a recipe trains.
+
+    Of a directory: identity, figures, data, and its lineage as a tree. Of a recipe: real rows as tokens,
+    coloured by whether they are trained.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        from trueup.app.tokens import show_tokens
+
+        show_tokens(read_recipe(path), rows)
+        return
+    opened = open_directory(path)
     if as_json:
         print(json.dumps({"record": opened.record, "lineage": opened.lineage}, indent=2))
         return

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # verb -> (module:class, what `trueup --help` says of it)
 STAGES: dict[str, tuple[str, str]] = {
     "pretrain": ("trueup.base.pretrain:PretrainRecipe", "Train a GPT from scratch on raw text."),
+    "sft": ("trueup.sft.train:SFTRecipe", "Fine-tune it on examples of good answers (TRL; full or LoRA)."),
 }
 
 
