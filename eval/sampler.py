@@ -38,7 +38,8 @@ class SamplingSettings:
         temperature: divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens (and what ties with the last of them); 0: all.
         top_p: only the smallest set of likeliest tokens that holds this probability; 1: all.
-        seed: together with a row's key it decides all its random numbers.
+        seed: decides, together with a row's key, all its random numbers; a training loop changes it each
+            round.
         batch_size: rows decoded together. A matter of memory and speed alone.
     """
 
@@ -111,6 +112,8 @@ def sample(
     """
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     keys = range(len(prompts)) if keys is None else keys
+    if len(set(zip(map(tuple, encoded), keys, strict=True))) < len(encoded):
+        raise UsageError("keys: a prompt has the same key twice, and would get the same completion twice")
     limits = _limits(model, encoded, settings.max_new_tokens)
     stop = eos_ids(model, tokenizer)
     # Longest first: rows of a batch are about as long, and memory is at its peak in the first one.
@@ -158,7 +161,7 @@ def evaluating(model: torch.nn.Module, autocast: torch.dtype | None = None) -> I
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: Text | list[int]) -> list[int]:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+    if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
         return prompt
     return encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
 

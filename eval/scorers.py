@@ -47,7 +47,7 @@ def resolve_scorer(name: str, place: str = "", **options: Any) -> Scorer:
         name: a registered name (`gold`, `length`, or `judge`), `module:function`, or a reward model's
             directory.
         place: where the name was written (`recipe.yaml:3: reward_funcs`), for messages.
-        options: of `RewardModelScorer.open` (a directory) or `JudgeScorer` (`judge`).
+        options: of `RewardModelScorer.open` (a directory) or `JudgeScorer` (`judge`); functions take none.
 
     Raises:
         UsageError: there is no such scorer.
@@ -57,6 +57,8 @@ def resolve_scorer(name: str, place: str = "", **options: Any) -> Scorer:
     if name == "judge":
         from trueup.eval.judge import JudgeScorer
 
+        if not {"base_url", "model"} <= set(options):
+            raise UsageError(f"{at}judge: needs the base_url of an endpoint and the name of a model there")
         return JudgeScorer(**options)
     if name in REGISTERED:
         return FunctionScorer(_import(REGISTERED[name], at), name)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from trueup.eval import guard_callback
 from trueup.eval.guard_callback import GuardCallback
 from trueup.eval.guards import RULES, Alarm, Guard, Limits
 
@@ -170,10 +171,13 @@ def run(callback: GuardCallback, log: Log, history: Log | None = None) -> Traine
     return control
 
 
-def test_warn_goes_on_and_stop_stops_with_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+def test_warn_goes_on_and_stop_stops_with_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(guard_callback.logger, "warning", said.append)
     log = series("loss", 1.0, math.nan, 1.0)
     warning, stopping = GuardCallback(), GuardCallback(on_alarm="stop")
     assert not run(warning, log).should_training_stop
+    assert said == [str(warning.alarms[0])]
     control = run(stopping, [*log, {"val/ratio": 9.0}])
     assert control.should_training_stop
     assert control.should_save

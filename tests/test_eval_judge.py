@@ -161,6 +161,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
 
 
 def test_wrong_use_is_told(endpoint: Endpoint) -> None:
+    with pytest.raises(UsageError, match=r"r.yaml:4: judge: needs the base_url"):
+        resolve_scorer("judge", place="r.yaml:4", model="m")
     with pytest.raises(UsageError, match="is not an address"):
         JudgeScorer("localhost:8000", "m")
     with pytest.raises(UsageError, match="a column `reference`"):

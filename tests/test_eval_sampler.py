@@ -61,6 +61,14 @@ def test_log_probs_are_those_of_a_plain_forward(family: str) -> None:
         torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=2e-4, rtol=0)
 
 
+def test_k_completions_of_a_prompt_need_k_keys() -> None:
+    model, tok = stopping("gpt")
+    found = sample(model, tok, ["a"] * 8, SETTINGS, keys=range(100, 108))
+    assert len({one.text for one in found}) == 8
+    with pytest.raises(UsageError, match="the same key twice"):
+        sample(model, tok, ["a", "b", "a"], SETTINGS, keys=[0, 0, 0])
+
+
 def test_fewer_new_tokens_give_a_prefix() -> None:
     model, tok = stopping("gpt")
     long = sample(model, tok, PROMPTS, SETTINGS)
@@ -93,6 +101,8 @@ def test_the_end_of_the_context_ends_a_row_and_only_that_row() -> None:
     assert (len(long.ids), len(short.ids)) == (8, 20)
     with pytest.raises(UsageError, match=r"prompts\[1\]: 128 tokens, and the model's context is 128"):
         sample(model, tok, [[5], [5] * 128], SETTINGS)
+    with pytest.raises(UsageError, match=r"prompts\[0\]: 0 tokens"):
+        sample(model, tok, [[]], SETTINGS)
 
 
 def test_dropout_is_off_and_the_training_flag_is_put_back() -> None:
