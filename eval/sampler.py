@@ -162,8 +162,8 @@ def evaluating(model: torch.nn.Module, autocast: torch.dtype | None = None) -> I
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: Text | list[int]) -> list[int]:
     if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
-        return prompt
-    return encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
+        return prompt  # type: ignore[return-value]
+    return encode_prompt(tokenizer, prompt)
 
 
 def _limits(model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int) -> list[int]:
