@@ -39,8 +39,8 @@ def score(
         results[f"{heat:g}"] = report = _marks(rows, answers)
         if as_json:
             continue
-        for row, (answer, _) in list(zip(rows, answers, strict=True))[:show]:
-            _show(row, answer, report["scores"][rows.index(row)])
+        for row, (answer, _), value in list(zip(rows, answers, report["scores"], strict=True))[:show]:
+            _show(row, answer, value)
         _print(report, f"{directory}, {split} prompts, " + ("greedy" if heat == 0 else f"T = {heat:g}"))
     if as_json:
         print(json.dumps(results))

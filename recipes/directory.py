@@ -135,7 +135,10 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
         raise TrueupError(f"{at}{path}: not a model directory, or half-written: config.json is missing")
     _check_kind(path, kind, at)
     record = read_json(path / RECORD) if (path / RECORD).exists() else {}
-    found = identity(path)
+    try:
+        found = identity(path)
+    except TrueupError as error:
+        raise TrueupError(f"{at}{error}") from error
     if record and record.get("identity") != found:
         raise TrueupError(
             f"{at}{path}: changed after it was written: {RECORD} says {record.get('identity', '?')[:12]}, "
