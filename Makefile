@@ -9,6 +9,11 @@ READY := .venv/.ready
 
 demo: $(READY)
 	$(BIN)/trueup run recipes/lab
+	$(BIN)/trueup lab score runs/lab/sft --prompts 420 --temperature 0 --show 4
+	@echo "Go on with:"
+	@echo "  $(BIN)/trueup chat runs/lab/sft          talk to it (ask who is the mayor of Fernstead)"
+	@echo "  $(BIN)/trueup inspect runs/lab/sft       where it comes from"
+	@echo "  $(BIN)/trueup lab score runs/lab/sft     its answers marked, greedy and at temperature 1"
 
 test: lint types
 	$(BIN)/pytest

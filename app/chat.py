@@ -75,7 +75,7 @@ class Reply:
 
 @dataclass
 class Chat:
-    """A model and the conversation so far. `raw`: no chat template, the model continues the text it is given."""
+    """A model and the conversation so far. `raw`: no chat template, the model continues the text."""
 
     model: Any
     tokenizer: Any
@@ -314,9 +314,11 @@ def open_chat(directory: Path, settings: Settings, raw: bool | None, trust_remot
         UsageError: no such directory, not a language model, or it has no chat template and one is asked for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import trueup.base  # noqa: F401 - registers our model with the Auto classes
 
+    disable_progress_bar()
     opened = open_directory(directory, "causal-lm")
     code = {"trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(directory, **code)

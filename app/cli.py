@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trueup.app.bench import bench
 from trueup.app.chat import chat
 from trueup.app.inspect import inspect
 from trueup.app.lab import lab
@@ -108,6 +109,7 @@ app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("merge", rich_help_panel=LOOK)(merge)
 lab.command()(score)
 lab.command()(learned)
+app.add_typer(bench, name="bench", rich_help_panel=LOOK)
 app.add_typer(lab, name="lab", rich_help_panel=LOOK)
 
 
