@@ -46,9 +46,10 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for the next step asks for the same again: 17 % faster training on a CPU.
+    """Let glibc keep what is freed, for the next step asks for the same again.
 
-    By default every large tensor is a fresh mmap, which the kernel has to fill with zeros page by page.
+    By default every large tensor is a fresh mmap, which the kernel has to fill with zeros page by page. On a
+    CPU training became 4 % faster at 2M parameters, 17 % at 12M.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     with suppress(OSError, AttributeError):  # another libc: nothing to tune

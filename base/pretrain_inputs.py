@@ -66,7 +66,8 @@ def read_inputs(
     )
     if not len(held_out) or (packed is not None and not len(packed)):
         raise TrueupError("dataset_name: there is no text to train on, or none to measure on")
-    scored = [row["text"] for row in islice(held_out_texts, len(held_out.documents.ends))]
+    texts_scored = (row["text"] for row in held_out_texts if row["text"])
+    scored = list(islice(texts_scored, len(held_out.documents.ends)))
     openings = [" ".join(text.split()[:OPENING_WORDS]) for text in scored[:3]]
     return Inputs(tokenizer, packed, texts, held_out, openings, _entropy_floor(recipe, scored))
 

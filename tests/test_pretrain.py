@@ -234,11 +234,12 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(train: C
     "changes",
     [
         {"bf16": True, "activation_checkpointing": True, "attention_dropout": 0.1},
+        {"fp16": True},
         {"optim": "muon", "lr_scheduler_type": "warmup_stable_decay", "muon_learning_rate": 0.01},
         {"attn_implementation": "sdpa", "tie_word_embeddings": False, "report_to": "tensorboard"},
         {"dataset_streaming": True, "gradient_accumulation_steps": 2},
     ],
-    ids=["bf16", "muon", "untied", "stream"],
+    ids=["bf16", "fp16", "muon", "untied", "stream"],
 )
 def test_other_ways_to_train(train: Callable[..., Run], changes: dict[str, Any]) -> None:
     run = train(**changes)
@@ -268,9 +269,11 @@ def test_a_tokenizer_from_a_model_directory_becomes_a_parent(train: Callable[...
 # ---------------------------------------------------------------- stopping and going on
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["disk", "stream"])
+@pytest.mark.parametrize(
+    ("streaming", "stop"), [(False, 3), (True, 3), (False, 7)], ids=["disk", "stream", "last step"]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(
-    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: Any, streaming: bool
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: Any, streaming: bool, stop: int
 ) -> None:
     changes = {
         "residual_dropout": 0.1,
@@ -283,13 +286,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     original = target.step
 
     def signalled(self: Any, step: int) -> Any:
-        if step == 3:
+        if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, step)
 
     with monkeypatch.context() as patched:
         patched.setattr(target, "step", signalled)
-        with pytest.raises(Interrupted, match="SIGTERM after step 4 of 8") as stopped:
+        with pytest.raises(Interrupted, match=f"SIGTERM after step {stop + 1} of 8") as stopped:
             train("stopped", **changes)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     resumed = train("stopped", **changes)
