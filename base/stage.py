@@ -55,6 +55,10 @@ class StageArguments:
         default="none", metadata={"help": "Trackers: tensorboard, trackio, wandb, ..., all or none."}
     )
 
+    resume_from_checkpoint: bool | str | None = key(
+        None, "Default: the newest whole checkpoint of this recipe; false: none; or a checkpoint's path."
+    )
+
     @classmethod
     def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
         """See `trueup.recipes.stages.Stage`."""
@@ -128,11 +132,14 @@ def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
         UsageError: there is none, or it brings code of its own that the recipe does not trust.
     """
     with _foreign_code(recipe.model_name_or_path):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             recipe.model_name_or_path,
             revision=recipe.model_revision,
             trust_remote_code=recipe.trust_remote_code,
         )
+    # Rows longer than the context are counted and cut; Transformers would warn of "indexing errors".
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_model(recipe: Any, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from trueup.base.adapters import is_adapter, merge
 from trueup.base.checkpoint import CHECKSUMS
@@ -37,7 +39,7 @@ from trueup.base.device import keep_freed_memory
 from trueup.base.interrupt import Interrupted, StopRequest
 from trueup.base.progress import TrainingProgress, show
 from trueup.recipes.directory import ModelDirectory, write_json, writing
-from trueup.recipes.errors import TrueupError
+from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.run import Run, is_main_process
 
 LOG = "log.jsonl"
@@ -58,9 +60,8 @@ def newest_checkpoint(work_dir: Path) -> Path | None:
         found = problem(checkpoint)
         if not found:
             return checkpoint
-        if is_main_process():
-            print(f"{checkpoint}: {found}; removed, going on from the one before", flush=True)
-            shutil.rmtree(checkpoint)
+        print(f"{checkpoint}: {found}; removed, going on from the one before", flush=True)
+        shutil.rmtree(checkpoint)
     return None
 
 
@@ -84,8 +85,10 @@ class StageTrainer(Trainer):
                 self._delete_old_checkpoints()
 
     def _delete_old_checkpoints(self) -> None:
+        if not self.checkpoints_kept:
+            return
         best = self.state.best_model_checkpoint
-        for old in checkpoints(Path(self.args.output_dir))[self.checkpoints_kept or None :]:
+        for old in checkpoints(Path(self.args.output_dir))[self.checkpoints_kept :]:
             if best is None or old != Path(best):
                 shutil.rmtree(old)
 
@@ -247,11 +250,28 @@ def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
     trainer.add_callback(LogFile(run.work_dir / LOG))
-    seconds, tokens = _train_or_reload(trainer, newest_checkpoint(run.work_dir))
-    if trainer.eval_dataset is not None and not _evaluated_at(trainer.state):
+    disable_progress_bar()  # Transformers shows one for each checkpoint, across ours
+    checkpoint = _starting_point(trainer.args, run.work_dir) if is_main_process() else None
+    [checkpoint] = broadcast_object_list([checkpoint])
+    seconds, tokens = _train_or_reload(trainer, checkpoint)
+    best = trainer.args.load_best_model_at_end  # then the weights are not those of the last step
+    if trainer.eval_dataset is not None and (best or not _evaluated_at(trainer.state)):
         trainer.evaluate()
     figures = _final_figures(trainer.state)
     return figures | ({"tokens_per_second": tokens / seconds} if tokens else {})
+
+
+def _starting_point(args: TrainingArguments, work_dir: Path) -> Path | None:
+    """What `resume_from_checkpoint` means: the newest whole one (by default), none, or the one named."""
+    wanted = args.resume_from_checkpoint
+    if isinstance(wanted, str):
+        if found := problem(Path(wanted)):
+            raise UsageError(f"resume_from_checkpoint: {wanted}: {found}")
+        return Path(wanted)
+    if wanted is False:
+        for checkpoint in checkpoints(work_dir):
+            shutil.rmtree(checkpoint)
+    return newest_checkpoint(work_dir)
 
 
 def _train_or_reload(trainer: StageTrainer, checkpoint: Path | None) -> tuple[float, int]:

@@ -27,20 +27,19 @@ def write_base(path: Path, **shape: Any) -> Path:
     """A model of 2 layers, as pretraining would write it."""
     tokenizer = train_tokenizer([m["content"] for row in ROWS for m in row["messages"]], 320)
     torch.manual_seed(0)
-    config = GPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        residual_dropout=0.1,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **shape,
-    )
-    model = GPTForCausalLM(config)
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "residual_dropout": 0.1,
+        "initializer_range": 0.1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = GPTForCausalLM(GPTConfig(**usual | shape))
     model.generation_config = default_generation_config(tokenizer)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -166,6 +166,29 @@ def test_every_form_of_data_trains_its_answers(recipe: Any, row: Any, form: str,
     assert math.isfinite(loss)
 
 
+DATA = Path(os.environ.get("TRUEUP_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sft"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA}: set TRUEUP_DATA to the test data")
+@pytest.mark.parametrize("form", ["messages", "prompt_completion"])
+@pytest.mark.parametrize(
+    "name", ["dolly_hhrlhf_small", "gsm8k_train", "rasbt_instruction_data", "self_instruct_seed_tasks"]
+)
+def test_real_files_train(recipe: Any, tmp_path: Path, name: str, form: str) -> None:
+    model = str(write_base(tmp_path / "wide", max_position_embeddings=1024))
+    keys = {
+        "model_name_or_path": model,
+        "dataset_name": str(DATA / f"{name}.jsonl"),
+        "dataset_form": form,
+        "eval_strategy": "epoch",
+    }
+    directory = run(recipe(max_steps=3, packing=True, skip_bad_rows=True, **keys))
+    metrics = read_json(directory / "trueup.json")["metrics"]
+    assert 0.1 < metrics["trained_fraction"] < 0.95
+    assert math.isfinite(metrics["eval_loss"])
+
+
 def test_rows_whose_answer_is_cut_off_are_counted_and_left_out(recipe: Any) -> None:
     long = {"messages": [{"role": "user", "content": "what " * 70}, ROWS[0]["messages"][1]]}
     keys = {"validation_split_size": 0, "test_split_size": 0, "max_length": 24}
@@ -260,12 +283,45 @@ def test_a_run_killed_after_its_last_step_only_writes_the_directory(
     assert read_json(Path(broken.values["output_dir"]) / "trueup.json")["metrics"]["steps"] == 6
 
 
+def test_a_checkpoint_can_be_named_or_refused(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trueup.base import trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "publish", lambda *args, **kwargs: None)
+        run(recipe(save_total_limit=None))
+    work = Path(recipe().values["output_dir"] + ".work")
+    for wanted, message in ((str(work / "checkpoint-4"), "going on from step 4 of 6"), (None, "step 6 of 6")):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "publish", lambda *args, **kwargs: None)
+            run(recipe(save_total_limit=None, resume_from_checkpoint=wanted))
+        assert message in capsys.readouterr().out
+    with pytest.raises(UsageError, match="resume_from_checkpoint: nowhere: no such checkpoint"):
+        run(recipe(save_total_limit=None, resume_from_checkpoint="nowhere"))
+    run(recipe(save_total_limit=None, resume_from_checkpoint=False))
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_the_best_model_is_the_one_that_is_kept_and_measured(recipe: Any) -> None:
+    # A rate this high ruins the model after a few steps: the last one is not the best.
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "warmup_steps": 0}
+    directory = run(recipe(learning_rate=1.0, lr_scheduler_type="constant", max_steps=8, **keys))
+    log = [json.loads(line) for line in (Path(f"{directory}.work") / "log.jsonl").read_text().splitlines()]
+    losses = [event["eval_loss"] for event in log if "eval_loss" in event]
+    assert min(losses[:4]) < losses[3] - 0.1
+    assert read_json(directory / "trueup.json")["metrics"]["eval_loss"] == pytest.approx(
+        min(losses[:4]), abs=1e-6
+    )
+
+
 @pytest.mark.faults
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(recipe: Any) -> None:
     """kill -9 at ten moments of a run, each time started again."""
     start = (
-        "import sys; from trueup.recipes.stages import STAGES; from trueup.app.cli import main\n"
-        "STAGES['sft'] = ('trueup.sft.train:SFTRecipe', ''); main(['run', sys.argv[1]])"
+        "import sys; from trueup.recipes.stages import STAGES; "
+        "STAGES['sft'] = ('trueup.sft.train:SFTRecipe', ''); "
+        "from trueup.app.cli import main; main(['sft', '--config', sys.argv[1]])"
     )
     keys: dict[str, Any] = {"max_steps": 400, "save_steps": 5, "packing": True}
     whole, broken = run(recipe(name="whole", **keys)), recipe(name="broken", **keys)
