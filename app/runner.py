@@ -67,7 +67,7 @@ class Outcome:
             "stage": self.recipe.stage,
             "recipe": str(self.recipe.source),
             "status": self.status,
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.seconds or record.get("seconds", 0.0), 1),  # what it took when it ran
             "output_dir": str(output),
             "identity": record.get("identity", ""),
             "tokens": record.get("tokens", 0),
@@ -234,6 +234,8 @@ def _signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 # ---------------------------------------------------------------- printing
 
+_COUNTERS = ("step", "steps", "epochs")
+
 
 def _print_plan(recipes: list[Recipe]) -> None:
     table = Table("#", "stage", "recipe", "writes", box=None)
@@ -247,29 +249,16 @@ def _print_summary(outcomes: list[Outcome], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(
-        "stage",
-        "result",
-        "time",
-        "tokens",
-        "identity",
-        "directory",
-        "figures",
-        box=None,
-        title_justify="left",
-    )
+    table = Table("stage", "result", "time", "tokens", "identity", "directory", box=None)
     for row in rows:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:3])
-        seconds = f"{row['seconds']:,.0f} s"
-        table.add_row(
-            row["stage"],
-            row["status"],
-            seconds,
-            f"{row['tokens']:,}",
-            row["identity"][:12],
-            row["output_dir"],
-            figures,
-        )
+        seconds, tokens = f"{row['seconds']:,.0f} s", f"{row['tokens']:,}"
+        table.add_row(row["stage"], row["status"], seconds, tokens, row["identity"][:12], row["output_dir"])
+    console = Console()
     if rows:
-        print()
-        Console().print(table)
+        console.print()
+        console.print(table)
+        console.print()
+    for row in rows:
+        shown = {name: value for name, value in row["metrics"].items() if name not in _COUNTERS}
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        console.print(f"{row['stage']}: {figures}", highlight=False)
