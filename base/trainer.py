@@ -175,6 +175,10 @@ class Progress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, its cursor too; also when training failed."""
         if self.shown is not None:
             self.shown.__exit__(None, None, None)
             self.shown = None
@@ -247,13 +251,17 @@ def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
         keep_freed_memory()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    progress = Progress()
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(Progress())
+        trainer.add_callback(progress)
     trainer.add_callback(LogFile(run.work_dir / LOG))
     disable_progress_bar()  # Transformers shows one for each checkpoint, across ours
     checkpoint = _starting_point(trainer.args, run.work_dir) if is_main_process() else None
     [checkpoint] = broadcast_object_list([checkpoint])
-    seconds, tokens = _train_or_reload(trainer, checkpoint)
+    try:
+        seconds, tokens = _train_or_reload(trainer, checkpoint)
+    finally:
+        progress.close()
     best = trainer.args.load_best_model_at_end  # then the weights are not those of the last step
     if trainer.eval_dataset is not None and (best or not _evaluated_at(trainer.state)):
         trainer.evaluate()
