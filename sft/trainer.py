@@ -187,7 +187,7 @@ class SFTTrainer(StageTrainer, trl.SFTTrainer):
         return super()._prepare_dataset(tokens, processing_class, args, packing, None, dataset_name)
 
     def _lean_loss_applies(self) -> bool:
-        """Where TRL's fused loss is slow and ours means the same: its kernel for CPUs scores the masked positions
+        """Where TRL's fused loss is slow and ours means the same: its kernel for CPUs scores masked positions
         too, and computes every position's entropy."""
         args = self.args
         return (

@@ -1,6 +1,5 @@
 """SFT: the loss is what it says, only answers are trained, packing changes nothing, runs resume exactly."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -317,28 +317,30 @@ def test_the_best_model_is_the_one_that_is_kept_and_measured(recipe: Any) -> Non
 
 @pytest.mark.faults
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(recipe: Any) -> None:
-    """kill -9 at ten moments of a run, each time started again."""
-    start = (
-        "import sys; from trueup.recipes.stages import STAGES; "
-        "STAGES['sft'] = ('trueup.sft.train:SFTRecipe', ''); "
-        "from trueup.app.cli import main; main(['sft', '--config', sys.argv[1]])"
-    )
-    keys: dict[str, Any] = {"max_steps": 400, "save_steps": 5, "packing": True}
+    """kill -9 ten times, each at a random moment of the half second after a checkpoint was begun."""
+    start = "import sys; from trueup.app.cli import main; main(['sft', '--config', sys.argv[1]])"
+    keys: dict[str, Any] = {"max_steps": 1000, "save_steps": 5, "packing": True}
     whole, broken = run(recipe(name="whole", **keys)), recipe(name="broken", **keys)
     command = [sys.executable, "-c", start, str(broken.source)]
-    output, moments, started = Path(broken.values["output_dir"]), random.Random(0), 0
-    while not output.exists() and started < 10:
+    output, moments = Path(broken.values["output_dir"]), random.Random(0)
+    for _ in range(10):
+        before = newest_number(output)
         child = subprocess.Popen(command, start_new_session=True)
-        started += 1
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=moments.uniform(6, 14))
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    if not output.exists():
-        subprocess.run(command, check=True)
-    assert started > 1
+        while child.poll() is None and newest_number(output) <= before:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.5))
+        assert child.poll() is None, "it ended before it could be killed"
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not output.exists()
+    subprocess.run(command, check=True)
     assert identity(output) == identity(whole)
+
+
+def newest_number(output: Path) -> int:
+    """The step of the newest checkpoint, complete or not; 0 before the first."""
+    names = [path.name for path in Path(f"{output}.work").glob("checkpoint-*")]
+    return max([int(name.split("-")[1]) for name in names], default=0)
 
 
 def test_a_checkpoint_without_its_checksums_is_not_used(tmp_path: Path) -> None:
