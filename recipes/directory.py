@@ -210,6 +210,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             staging.mkdir(parents=True)
             yield staging
             for path in [*staging.rglob("*"), staging]:
+                if path.is_file():  # safetensors writes for the owner alone; what is published is as usual
+                    path.chmod(0o666 & ~_umask())
                 _sync(path)
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
@@ -218,6 +220,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             _sync(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -136,6 +136,7 @@ RETIRED: dict[str, Retired] = {
         "today: fsdp_config: {transformer_layer_cls_to_wrap: ...}"
     ),
     "include_inputs_for_metrics": _refused("today: include_for_metrics: [inputs]"),
+    "gradient_checkpointing": _renamed("activation_checkpointing"),
     "include_tokens_per_second": _dropped("tokens per second are always reported"),
     # TRL
     "max_seq_length": _renamed("max_length"),

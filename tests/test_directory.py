@@ -137,7 +137,10 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with atomic_directory(target) as staging:
             (staging / "file").write_text(text)
+            (staging / "file").chmod(0o600)
     assert (target / "file").read_text() == "second"
+    (tmp_path / "usual").touch()
+    assert (target / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert (tmp_path / "model.previous" / "file").read_text() == "first"
 
 
