@@ -47,7 +47,7 @@ class Checkpoints:
                 write_json(staging / STATE, {"step": step, "own": everyones, **state})
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                write_json(staging / CHECKSUMS, _checksums(staging))
+                write_json(staging / CHECKSUMS, checksums_of(staging))
         if accelerator.is_main_process and self.limit:
             for path in self._newest_first()[self.limit :]:
                 shutil.rmtree(path)
@@ -88,12 +88,12 @@ class Checkpoints:
         for leftover in self.folder.glob(".checkpoint-*.partial-*"):  # of a run that was killed while writing
             shutil.rmtree(leftover)
         if isinstance(which, str):
-            if problem := _problem(Path(which)):
+            if problem := problem_of(Path(which)):
                 kind = TrueupError if Path(which).is_dir() else UsageError
                 raise kind(f"resume_from_checkpoint: {which}: {problem}")
             return Path(which)
         for path in self._newest_first():
-            problem = "resume_from_checkpoint is false" if which is False else _problem(path)
+            problem = "resume_from_checkpoint is false" if which is False else problem_of(path)
             if not problem:
                 self.say(f"resuming from {path}")
                 return path
@@ -116,7 +116,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def _checksums(directory: Path) -> dict[str, str]:
+def checksums_of(directory: Path) -> dict[str, str]:
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != CHECKSUMS:
@@ -125,7 +125,7 @@ def _checksums(directory: Path) -> dict[str, str]:
     return found
 
 
-def _problem(path: Path) -> str | None:
+def problem_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     if not (path / CHECKSUMS).exists():
         return "not a whole checkpoint" if path.is_dir() else "no such checkpoint"
@@ -133,7 +133,7 @@ def _problem(path: Path) -> str | None:
         expected = read_json(path / CHECKSUMS)
     except TrueupError:
         return f"{CHECKSUMS} is damaged"
-    found = _checksums(path)
+    found = checksums_of(path)
     wrong = sorted(name for name in expected if found.get(name) != expected[name])
     return f"{', '.join(wrong)} missing or damaged" if wrong else None
 

@@ -61,26 +61,33 @@ def _finite(value: Any) -> Any:
 
 
 def draw_curve(rows: list[dict[str, Any]], path: Path, floor: float | None = None) -> None:
-    """Training loss, and held-out bits per byte where it was measured, over the steps, as a PNG.
+    """Loss in training and held out, and held-out bits per byte where measured, over the steps, as a PNG.
 
     Args:
-        rows: of a TrainingLog, with `loss` or `bits_per_byte`.
+        rows: events with `step` and `loss`, `eval_loss` or `bits_per_byte`.
         floor: the entropy of the text in bits per byte, where it is known.
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        return [step for step, _ in found], [value for _, value in found]
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     losses = figure.subplots()
-    train = [row for row in rows if row.get("loss") is not None]
-    losses.plot([row["step"] for row in train], [row["loss"] for row in train], lw=1, label="training loss")
-    losses.set_xlabel("step")
-    losses.set_ylabel("training loss, nats per token")
-    held_out = [row for row in rows if "bits_per_byte" in row]
-    steps, measured = [row["step"] for row in held_out], [row["bits_per_byte"] for row in held_out]
-    bits = losses.twinx()
-    bits.plot(steps, measured, "o-", ms=3, color="tab:orange", label="held-out bits per byte")
-    bits.set_ylabel("held-out bits per byte")
-    if floor is not None:
-        bits.axhline(floor, ls="--", lw=1, color="tab:gray", label="entropy of the text")
+    losses.plot(*series("loss"), lw=1, label="training loss")
+    if series("eval_loss")[0]:
+        losses.plot(*series("eval_loss"), "o-", ms=3, color="tab:orange", label="held-out loss")
+    if series("bits_per_byte")[0]:
+        bits = losses.twinx()
+        bits.plot(*series("bits_per_byte"), "o-", ms=3, color="tab:orange", label="held-out bits per byte")
+        bits.set_ylabel("held-out bits per byte")
+        if floor is not None:
+            bits.axhline(floor, ls="--", lw=1, color="tab:gray", label="entropy of the text")
+    losses.set(xlabel="step", ylabel="loss, nats per token", yscale="log")  # the first steps dwarf the rest
+    losses.yaxis.set_major_locator(MaxNLocator(6))
+    losses.yaxis.set_major_formatter(ScalarFormatter())
+    losses.minorticks_off()
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120, format="png")

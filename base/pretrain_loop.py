@@ -97,7 +97,7 @@ class Pretraining:
         self.first, self.tokens = self._resumed(state)
         self.log = TrainingLog(run.work_dir / LOG, self.first, main)
         self.batches = self.build_batches(state["own"])
-        self.progress = TrainingProgress(self.plan.steps, self.first, main)
+        self.progress = TrainingProgress("pretrain", self.plan.steps, self.first, main)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             self.accelerator.mixed_precision, torch.float32
         )

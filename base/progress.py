@@ -15,7 +15,7 @@ class TrainingProgress:
     On a terminal a bar with the newest figures, ETA included; elsewhere a line whenever figures are reported.
     """
 
-    def __init__(self, total: int, first: int, main: bool):
+    def __init__(self, title: str, total: int, first: int, main: bool):
         self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
         self.total, self.first, self.started = total, first, time.monotonic()
         self.bar = Progress(
@@ -27,7 +27,7 @@ class TrainingProgress:
             console=self.console,
             disable=not (main and self.console.is_terminal),
         )
-        self.task = self.bar.add_task("pretrain", total=total, completed=first, figures="")
+        self.task = self.bar.add_task(title, total=total, completed=first, figures="")
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.start()

@@ -32,9 +32,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from trueup.base.adapters import is_adapter, merge
-from trueup.base.checkpoint import CHECKSUMS
-from trueup.base.checkpoint import _checksums as checksums
-from trueup.base.checkpoint import _problem as problem
+from trueup.base.checkpoint import CHECKSUMS, checksums_of, problem_of
+from trueup.base.curves import draw_curve
 from trueup.base.device import keep_freed_memory
 from trueup.base.interrupt import Interrupted, StopRequest
 from trueup.base.progress import TrainingProgress, show
@@ -57,7 +56,7 @@ def checkpoints(work_dir: Path) -> list[Path]:
 def newest_checkpoint(work_dir: Path) -> Path | None:
     """The newest whole checkpoint; those that are not whole are named and removed."""
     for checkpoint in checkpoints(work_dir):
-        found = problem(checkpoint)
+        found = problem_of(checkpoint)
         if not found:
             return checkpoint
         print(f"{checkpoint}: {found}; removed, going on from the one before", flush=True)
@@ -81,7 +80,7 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                write_json(checkpoint / CHECKSUMS, checksums(checkpoint))
+                write_json(checkpoint / CHECKSUMS, checksums_of(checkpoint))
                 self._delete_old_checkpoints()
 
     def _delete_old_checkpoints(self) -> None:
@@ -123,14 +122,17 @@ class StageTrainer(Trainer):
 class Progress(TrainerCallback):
     """Shows the run through TrainingProgress, with loss and speed; a line for each evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title
         self.shown: TrainingProgress | None = None
         self.batches = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.shown = TrainingProgress(state.max_steps, state.global_step, state.is_world_process_zero)
+        self.shown = TrainingProgress(
+            self.title, state.max_steps, state.global_step, state.is_world_process_zero
+        )
         self.shown.__enter__()
 
     def on_step_end(
@@ -251,7 +253,7 @@ def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
         keep_freed_memory()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    progress = Progress()
+    progress = Progress(run.recipe.stage)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)
     trainer.add_callback(LogFile(run.work_dir / LOG))
@@ -273,7 +275,7 @@ def _starting_point(args: TrainingArguments, work_dir: Path) -> Path | None:
     """What `resume_from_checkpoint` means: the newest whole one (by default), none, or the one named."""
     wanted = args.resume_from_checkpoint
     if isinstance(wanted, str):
-        if found := problem(Path(wanted)):
+        if found := problem_of(Path(wanted)):
             raise UsageError(f"resume_from_checkpoint: {wanted}: {found}")
         return Path(wanted)
     if wanted is False:
@@ -350,7 +352,7 @@ def publish(
             save_model(merge(model, probe), tokenizer, path)
         else:
             save_model(model, tokenizer, path, state_dict=weights)
-        draw_losses(trainer.state.log_history, path / "loss.png")
+        draw_curve(trainer.state.log_history, path / "loss.png")
 
     directory = run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
     for checkpoint in checkpoints(run.work_dir):
@@ -366,22 +368,3 @@ def save_model(
     model.config.use_cache = True  # Trainer turns it off while it trains, and would save it so
     model.save_pretrained(path, **options)
     tokenizer.save_pretrained(path)
-
-
-def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss over the steps, as a PNG.
-
-    Args:
-        history: Trainer's `log_history`.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        events = [event for event in history if name in event]
-        axes.plot([e["step"] for e in events], [e[name] for e in events], style, ms=3, lw=1, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
-    figure.savefig(path, dpi=120, format="png")
