@@ -27,6 +27,8 @@ class PPOConfig(TrainingArguments):
     logging_steps: float = key(1, "Log every so many rounds.")
     remove_unused_columns: bool | None = key(False, "Other columns are for the reward functions: keep them.")
 
+    trust_remote_code: bool = key(False, "Run Python code that a model directory brings along.")
+
     # How long, and on what
     total_episodes: int | None = key(
         None, "Completions to train on; excludes max_steps and, if given, overrides num_train_epochs."

@@ -122,8 +122,9 @@ class PPOTrainer(StageTrainer):
     ) -> None:
         args = args or PPOConfig(f"{Path(str(model)).name}-PPO" if isinstance(model, str) else "ppo")
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            trust = {"trust_remote_code": args.trust_remote_code}
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, **trust)
+            model = AutoModelForCausalLM.from_pretrained(model, **trust)
         tokenizer = checked_tokenizer(processing_class, model)
         set_rounds(args, train_dataset)
 
@@ -519,13 +520,15 @@ class PPOTrainer(StageTrainer):
         """The policy, as a model directory of its own; with LoRA the adapter."""
         if not self.args.should_save:
             return
-        if state_dict is not None:  # gathered from shards
-            state_dict = {
-                k.removeprefix("policy."): v for k, v in state_dict.items() if k.startswith("policy.")
-            }
         path = output_dir or self.args.output_dir
-        self.policy.save_pretrained(path, state_dict=state_dict)
+        self.policy.save_pretrained(path, state_dict=_of_policy(state_dict))
         self.processing_class.save_pretrained(path)
+
+    def gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """The policy's weights where they are sharded, put together; call it on all ranks. Else None."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        return _of_policy(self.accelerator.get_state_dict(self.model_wrapped))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """What a checkpoint holds beside the policy."""
@@ -559,6 +562,12 @@ class PPOTrainer(StageTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _of_policy(weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    if weights is None:
+        return None
+    return {n.removeprefix("policy."): w for n, w in weights.items() if n.startswith("policy.")}
 
 
 def _listed(functions: Any) -> list[Any]:

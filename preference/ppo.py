@@ -1,0 +1,269 @@
+"""The PPO stage: a fine-tuned language model learns to please a reward, held near to where it started."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl import ModelConfig
+
+from trueup.base import adapters
+from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
+from trueup.base.stage import StageArguments, key, load_model, load_tokenizer, set_up, trainer_config
+from trueup.preference.ppo_config import PPOConfig
+from trueup.recipes.directory import Kind, ModelDirectory
+from trueup.recipes.errors import TrueupError
+from trueup.recipes.run import Run, is_main_process
+
+if TYPE_CHECKING:
+    from trueup.preference.ppo_trainer import PPOTrainer
+
+
+@dataclass
+class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
+    """Optimise a language model against a reward by PPO. Steps are rounds of rollout and update."""
+
+    reward_model_name_or_path: str | None = key(None, "Reward model directory that gives the reward.")
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further rewards: reward model directories, module:function, or registered names."},
+    )
+    scorers: list[str] | None = field(
+        default=None,
+        metadata={"help": "What evaluations measure besides, never trained on; the first is eval_score."},
+    )
+    on_alarm: str = key(
+        "warn",
+        "What a guard's alarm does: warn; stop; or rollback: stop, and publish the checkpoint before it.",
+        choices=["warn", "stop", "rollback"],
+    )
+    # By the epoch, as StageArguments has it, would be once: pass after pass over the prompts is one stream.
+    eval_strategy: str = key(
+        "steps", "When held-out prompts are sampled; no: never.", choices=["no", "steps"]
+    )
+    eval_steps: float | None = key(0.1, "Evaluate every so many rounds; below 1 a share of all.")
+    save_steps: float = key(0.1, "Write a checkpoint every so many rounds; below 1 a share of all.")
+    num_train_epochs: float = key(1.0, "Passes over the prompts.")
+
+    def __post_init__(self) -> None:
+        set_up(self, PPOConfig)
+
+    @classmethod
+    def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
+        """See `trueup.recipes.stages.Stage`."""
+        counted = {"max_steps": 1} if "total_episodes" in given else {}  # a length, for the shared checks
+        found = StageArguments.contradictions({"eval_strategy": "steps", **given, **counted})
+        found = [(name, message) for name, message in found if name in given]
+        if "total_episodes" in given:
+            found = [(name, message) for name, message in found if name != "num_train_epochs"]
+            found += [
+                (name, "and total_episodes both say how long to train; delete one")
+                for name in ("max_steps", "num_train_epochs")
+                if name in given
+            ]
+        rewards = _rewards(given)
+        if not rewards:
+            found.append(("reward_funcs", "is missing: name a reward, here or by reward_model_name_or_path"))
+        weights = given.get("reward_weights")
+        if weights is not None and len(weights) != len(rewards):
+            found.append(("reward_weights", f"has {len(weights)} weights for {len(rewards)} rewards"))
+        if given.get("kl_controller", "fixed") == "fixed":
+            found += [
+                (name, "is read by kl_controller: adaptive alone; add that, or delete it")
+                for name in ("adaptive_kl_target", "adaptive_kl_horizon")
+                if name in given
+            ]
+        return found
+
+    def parents(self) -> dict[str, tuple[str, Kind | None]]:
+        """The model it starts from, which is its reference too, and the reward models."""
+        found = super().parents()
+        if self.reward_model_name_or_path:
+            found["reward_model_name_or_path"] = (self.reward_model_name_or_path, "reward")
+        for name in ("reward_funcs", "scorers"):
+            for place, function in enumerate(getattr(self, name) or []):
+                if Path(function).is_dir():
+                    found[f"{name}[{place}]"] = (function, "reward")
+        return found
+
+    def data(self) -> list[dict[str, Any]]:
+        """Fingerprints of the prompts, and of the held-out ones if they are sampled."""
+        return [data_fingerprint(self, split) for split in self._splits()]
+
+    def run(self, run: Run) -> None:
+        """Train, and publish the model directory."""
+        from trueup.base.trainer import fit
+        from trueup.eval.guard_callback import GuardCallback
+
+        guard = GuardCallback(on_alarm="warn" if self.on_alarm == "warn" else "stop")
+        trainer = self.trainer(run.recipe.values, run.work_dir)
+        trainer.add_callback(guard)
+        start = run.parents["model_name_or_path"]
+        assert_reference(trainer.policy, start)
+        _say_if_uncalibrated(trainer)
+        metrics = fit(trainer, run)
+        if guard.alarms and self.on_alarm == "rollback":
+            metrics["rolled_back_to"] = roll_back(trainer, guard.alarms[0].step)
+        assert_reference(trainer.policy, start)
+        publish(trainer, run, metrics | {"alarms": float(len(guard.alarms))})
+
+    def trainer(self, values: dict[str, Any], work_dir: Path) -> "PPOTrainer":
+        """The trainer, its prompts loaded.
+
+        Args:
+            values: the recipe's values.
+
+        Raises:
+            TrueupError: model, data or rewards do not fit.
+        """
+        from trueup.preference.ppo_trainer import PPOTrainer
+
+        tokenizer, model = load_tokenizer(self), load_model(self)
+        trainer = PPOTrainer(
+            model=model,
+            reward_funcs=_rewards(values),
+            args=trainer_config(PPOConfig, values, work_dir),
+            train_dataset=self._prompts("train", tokenizer, model),
+            eval_dataset=self._prompts("validation", tokenizer, model)
+            if self.eval_strategy != "no"
+            else None,
+            processing_class=tokenizer,
+            peft_config=adapters.lora_config(self, model),
+            scorers=self.scorers or [],
+        )
+        if is_main_process():
+            args = trainer.args
+            print(f"{args.max_steps:,} rounds of {args.episodes_per_round:,} completions", flush=True)
+        return trainer
+
+    def _splits(self) -> tuple[Split, ...]:
+        return ("train",) if self.eval_strategy == "no" else ("train", "validation")
+
+    def _prompts(self, split: Split, tokenizer: Any, model: Any) -> Any:
+        """The prompts of a split, without those that leave no room for a completion of full length."""
+        from datasets import IterableDataset
+
+        from trueup.eval.rendering import encode_prompt
+
+        rows = load_data(self, split, "prompt")
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+        room = context - self.response_length
+
+        def fits(row: dict[str, Any]) -> bool:
+            return len(encode_prompt(tokenizer, row["prompt"])) <= room
+
+        if isinstance(rows, IterableDataset):
+            return rows.filter(fits)
+        kept = [place for place, row in enumerate(rows) if fits(row)]
+        if not kept:
+            raise TrueupError(
+                f"{split}: no prompt leaves room for {self.response_length} tokens in the model's context of "
+                f"{context}; lower response_length, or choose shorter prompts"
+            )
+        if len(kept) < len(rows) and is_main_process():
+            print(f"{split}: left out {len(rows) - len(kept):,} prompts of over {room:,} tokens", flush=True)
+        return rows.select(kept)
+
+
+def _rewards(values: dict[str, Any]) -> list[str]:
+    """What a recipe names as reward, in the order of reward_weights."""
+    model, functions = values.get("reward_model_name_or_path"), values.get("reward_funcs")
+    return [*([model] if model else []), *(functions or [])]
+
+
+def _say_if_uncalibrated(trainer: "PPOTrainer") -> None:
+    from trueup.eval.scorers import RewardModelScorer
+
+    for scorer in trainer.rewards.scorers:
+        if isinstance(scorer, RewardModelScorer) and is_main_process():
+            own = getattr(scorer.model.config, "reward_std", None)
+            if own is None and scorer.calibration is None:
+                print(
+                    f"{scorer.name}: not calibrated, so kl_coef stands against raw scores; its mean and "
+                    "standard deviation on samples of the start model belong in calibration.json beside it",
+                    flush=True,
+                )
+
+
+# -------------------------------------------------------------------------------------- reference, saving
+
+
+def assert_reference(policy: Any, start: ModelDirectory) -> None:
+    """Under LoRA the reference is the policy without its adapter: that is the start model, bit by bit.
+
+    `start` was opened by its content hash; here each of its tensors is compared with the one in memory.
+
+    Raises:
+        TrueupError: they differ.
+    """
+    if not adapters.is_adapter(policy) or getattr(policy.get_base_model(), "is_quantized", False):
+        return
+    held = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in policy.get_base_model().state_dict().items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    }
+    for name, tensor in _stored(start.path):
+        if name not in held or not torch.equal(held[name].cpu(), tensor.to(held[name].dtype)):
+            raise TrueupError(
+                f"{start.path}: {name} of the reference is not that of the model it started from "
+                f"({start.identity[:12]}); an adapter was merged into it, or its weights were changed"
+            )
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                yield name, file.get_tensor(name)
+
+
+def roll_back(trainer: "PPOTrainer", alarm: int) -> int:
+    """Load the newest checkpoint from before the round of an alarm; returns its round.
+
+    Raises:
+        TrueupError: there is none.
+    """
+    from trueup.base.trainer import checkpoints
+
+    for path in checkpoints(Path(trainer.args.output_dir)):
+        step = int(path.name.split("-")[1])
+        if step < alarm:
+            trainer._load_from_checkpoint(str(path))
+            return step
+    raise TrueupError(
+        f"on_alarm: rollback: no checkpoint is older than the alarm of round {alarm}; lower save_steps"
+    )
+
+
+def publish(trainer: "PPOTrainer", run: Run, metrics: dict[str, float]) -> None:
+    """Write the model directory: with LoRA the merged model, and the adapter in `adapter/`; and the traces.
+
+    Raises:
+        TrueupError: merging changed the model.
+    """
+    from trueup.base.trainer import checkpoints, save_model
+    from trueup.preference.ppo_trace import FRONTIER, PICTURE, draw
+
+    weights = trainer.gathered_weights()
+    if not is_main_process():
+        return
+    policy, tokenizer = trainer.policy, trainer.processing_class
+    probe = {"input_ids": torch.arange(min(16, len(tokenizer)))[None]}
+
+    def save(path: Path) -> None:
+        if adapters.is_adapter(policy):
+            policy.save_pretrained(path / "adapter")
+            save_model(adapters.merge(policy, probe), tokenizer, path)
+        else:
+            save_model(policy, tokenizer, path, state_dict=weights)
+        shutil.copy(run.work_dir / FRONTIER, path / FRONTIER)
+        draw(trainer.state.log_history, path / PICTURE)
+
+    run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
+    for checkpoint in checkpoints(run.work_dir):
+        shutil.rmtree(checkpoint)
