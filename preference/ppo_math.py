@@ -173,11 +173,9 @@ def explained_variance(
     """
 
     def variance(x: torch.Tensor) -> float:
-        kept = x[mask].double()
-        count, mean, square = total(
-            torch.stack([kept.new_tensor(len(kept)), kept.sum(), kept.square().sum()])
-        )
-        return float(square / count - (mean / count).square())
+        kept = x[mask]
+        sums = total(torch.stack([kept.sum(), mask.sum().to(kept)]))
+        return float(total((kept - sums[0] / sums[1]).square().sum()) / sums[1])
 
     spread = variance(returns)
     return 1 - variance(returns - values) / spread if spread > 1e-12 else float("nan")

@@ -293,7 +293,7 @@ class PPOTrainer(StageTrainer):
         """The optimizer steps of a round but the last, whose gradients Trainer's own loop applies."""
         args = self.args
         order = torch.Generator().manual_seed(args.seed + 1_000_003 * self.state.global_step)
-        sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=args.device)
+        sums = torch.zeros(len(UPDATE_FIGURES) + 1, device=args.device)
         waiting = False
         for _ in range(args.num_ppo_epochs):
             before = sums.clone()
@@ -330,7 +330,7 @@ class PPOTrainer(StageTrainer):
         args = self.args
         tokens = self._total(rollout.mask[list(rows)].sum())
         parts = self._micro_batches(rollout, rows)
-        sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=args.device)
+        sums = torch.zeros(len(UPDATE_FIGURES) + 1, device=args.device)
         for part in parts:
             with self._synchronising(model, part is parts[-1]):
                 found = model(**rollout.batch(part, self.processing_class.pad_token_id))
@@ -347,7 +347,7 @@ class PPOTrainer(StageTrainer):
             approx_kl = kl_estimate(old, found.log_probs.detach(), "k3") * mask
             figures = [policy.loss, value.loss, approx_kl, policy.clipped, found.entropy]
             figures += [value.clipped, policy.ratio, mask]
-            sums += torch.stack([figure.detach().sum().double() for figure in figures])
+            sums += torch.stack([figure.detach().sum().float() for figure in figures])
         return sums
 
     def _micro_batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
@@ -390,10 +390,10 @@ class PPOTrainer(StageTrainer):
             "completions/clipped_ratio": ~ended,
             **({f"rewards/{name}": said.nan_to_num() for name, said in by_scorer.items()}),
         }
-        rows = self._total(torch.tensor(float(len(scores)), dtype=torch.float64, device=mask.device))
-        sums = self._total(torch.stack([x.to(mask.device, torch.float64).sum() for x in per_row.values()]))
+        rows = self._total(torch.tensor(float(len(scores)), device=mask.device))
+        sums = self._total(torch.stack([x.to(mask.device, torch.float).sum() for x in per_row.values()]))
         figures = dict(zip(per_row, (sums / rows).tolist(), strict=True))
-        k3 = kl_estimate(rollout.log_probs, rollout.reference_log_probs, "k3").sum().double()
+        k3 = kl_estimate(rollout.log_probs, rollout.reference_log_probs, "k3").sum()
         tokens = figures["completions/mean_length"] * float(rows)
         figures |= {
             "objective/kl_k3": float(self._total(k3)) / tokens,

@@ -159,10 +159,10 @@ def _log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of tokens (N,) under logits (N, V), and the entropies, in fp32."""
     logits = logits.float() / temperature if temperature != 1 else logits.float()
-    log_probs = -nn.functional.cross_entropy(logits, targets, reduction="none")
+    distribution = logits.log_softmax(dim=-1)
+    log_probs = distribution.gather(-1, targets[:, None])[:, 0]
     with torch.no_grad():
-        distribution = logits.log_softmax(dim=-1)
-        entropy = -(distribution.exp() * distribution).sum(dim=-1)
+        entropy = -torch.linalg.vecdot(distribution.exp(), distribution)
     return log_probs, entropy
 
 
