@@ -1,7 +1,7 @@
 """The SFT stage: a base model learns to answer, from conversations, prompts and completions, or text."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,14 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         None, "Train the assistant's turns only; default: yes where rows are messages."
     )
 
+    replay_dataset_name: str | None = key(
+        None, "Plain text mixed into training so that less is forgotten: what the base model was trained on."
+    )
+    replay_dataset_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Options of the replayed set, as dataset_options."}
+    )
+    replay_share: float = key(0.3, "Share of the tokens trained on that the replayed text makes up.")
+
     def __post_init__(self) -> None:
         if self.assistant_only_loss is None:
             self.assistant_only_loss = self.dataset_form == CONVERSATIONAL
@@ -69,11 +77,24 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
             and given.get("max_length", 1024) is not None
         ):
             found.append(("padding_free", "does not truncate: add packing: true, or max_length: null"))
+        if not 0 < given.get("replay_share", 0.3) < 1:
+            found.append(("replay_share", "is a share between 0 and 1, such as 0.3"))
+        for name in ("replay_dataset_options", "replay_share"):
+            if name in given and not given.get("replay_dataset_name"):
+                found.append((name, "is read with replay_dataset_name; add that"))
+        if given.get("replay_dataset_name") and given.get("dataset_streaming"):
+            found.append(("replay_dataset_name", "does not mix into a stream; delete dataset_streaming"))
         return found
 
     def data(self) -> list[dict[str, Any]]:
         """Fingerprints of the examples, and of the held-out ones if they are scored."""
-        return [data_fingerprint(self, split) for split in self._splits()]
+        prints = [data_fingerprint(self, split) for split in self._splits()]
+        return prints + ([data_fingerprint(self._replayed(), "train")] if self.replay_dataset_name else [])
+
+    def _replayed(self) -> DataArguments:
+        return DataArguments(
+            dataset_name=self.replay_dataset_name, dataset_options=self.replay_dataset_options
+        )
 
     def run(self, run: Run) -> None:
         """Train, and publish the model directory."""
@@ -142,6 +163,9 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
                 train_dataset=rows["train"],
                 eval_dataset=rows.get("validation"),
                 peft_config=adapter,
+                replay=(load_data(self._replayed(), "train", "text"), self.replay_share)
+                if self.replay_dataset_name
+                else None,
             )
 
     def _splits(self) -> tuple[Split, ...]:

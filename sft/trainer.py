@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl.trainer.utils import pad
 
 from trueup.base import GPTForCausalLM
 from trueup.base.loss import IGNORED, linear_cross_entropy
 from trueup.base.trainer import StageTrainer
 from trueup.recipes.errors import TrueupError
+from trueup.sft.replay import replay_rows
 
 STREAM_SAMPLE = 1000  # rows of a stream that are measured before training
 
@@ -33,6 +34,7 @@ class TokenReport:
     truncated: int = 0  # rows longer than max_length
     lost: int = 0  # tokens cut off
     emptied: int = 0  # rows left out because no trained token was left
+    replayed: int = 0  # tokens of replayed text beside them
     sampled: bool = False  # of a stream, only the first rows are known
 
     @property
@@ -54,6 +56,9 @@ class TokenReport:
             )
         if self.emptied:
             lines.append(f"  left out: {self.emptied:,} rows whose answer begins beyond max_length")
+        if self.replayed:
+            share = self.replayed / (self.replayed + self.tokens)
+            lines.append(f"  replayed text: {self.replayed:,} tokens, {share:.1%} of all")
         return lines
 
     def check(self, masked: bool) -> None:
@@ -154,7 +159,9 @@ class PackedRows:
 class SFTTrainer(StageTrainer, trl.SFTTrainer):
     """TRL's trainer; `reports` says what its preparation did, by data set name (`train`, `eval`)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, replay: tuple[Dataset, float] | None = None, **kwargs: Any) -> None:
+        """Arguments: TRL's, and `replay`: rows of `text` to mix in, and their share of the tokens."""
+        self.replay = replay
         self.reports: dict[str, TokenReport] = {}
         super().__init__(*args, **kwargs)
         if self.padding_free and "flash" not in str(self.model.config._attn_implementation):
@@ -184,7 +191,18 @@ class SFTTrainer(StageTrainer, trl.SFTTrainer):
         report.check(masked=args.assistant_only_loss or self.completion_only_loss)
         if isinstance(tokens, Dataset) and not useful.all():
             tokens = tokens.select(np.flatnonzero(useful))
+        if self.replay is not None and dataset_name == "train":
+            tokens = self._with_replay(tokens, report, processing_class, args.max_length)
         return super()._prepare_dataset(tokens, processing_class, args, packing, None, dataset_name)
+
+    def _with_replay(
+        self, tokens: Dataset, report: TokenReport, tokenizer: Any, max_length: int | None
+    ) -> Dataset:
+        assert self.replay is not None
+        texts, share = self.replay
+        rows = list(replay_rows((row["text"] for row in texts), tokenizer, share, report.tokens, max_length))
+        report.replayed = sum(len(row["input_ids"]) for row in rows)
+        return concatenate_datasets([tokens, Dataset.from_list(rows, features=tokens.features)])
 
     def _lean_loss_applies(self) -> bool:
         """Where TRL's fused loss is slow and ours means the same: its kernel for CPUs scores masked positions

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -477,3 +478,42 @@ def test_code_that_a_model_brings_is_run_only_if_the_recipe_trusts_it(
     (foreign / "config.json").write_text(json.dumps(config | {"model_type": "somebody_elses"}))
     with pytest.raises(UsageError, match=r"brings Python code of its own.*trust_remote_code: true"):
         run(recipe(model_name_or_path=str(foreign)))
+
+
+# ---------------------------------------------------------------- replay
+
+
+@pytest.fixture
+def old_texts(tmp_path: Path) -> str:
+    """A file of what the base model might have read."""
+    path = tmp_path / "read_before.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"Text {n}, which was read before."}) + "\n" for n in range(400))
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_replayed_text_makes_up_its_share_and_is_trained_whole(
+    recipe: Any, old_texts: str, packing: bool
+) -> None:
+    trainer = prepared(
+        recipe(replay_dataset_name=old_texts, replay_share=0.25, packing=packing, max_length=64)
+    )
+    report = trainer.reports["train"]
+    share = report.replayed / (report.replayed + report.tokens)
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert 0.25 <= share <= 0.25 + longest / (report.replayed + report.tokens)
+    assert any("replayed text" in line for line in report.lines())
+    replayed = re.findall(
+        r"<\|bos\|>Text \d+, which was read before\.<\|end\|>", "".join(trained_texts(trainer))
+    )
+    ids = trainer.processing_class(replayed, add_special_tokens=False)["input_ids"]
+    assert sum(map(len, ids)) == report.replayed
+
+
+def test_replay_needs_its_data_set_and_a_sane_share(recipe: Any, old_texts: str) -> None:
+    with pytest.raises(RecipeError, match="replay_share is read with replay_dataset_name"):
+        recipe(replay_share=0.2)
+    with pytest.raises(RecipeError, match="replay_share is a share between 0 and 1"):
+        recipe(replay_dataset_name=old_texts, replay_share=1.5)

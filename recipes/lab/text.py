@@ -29,7 +29,7 @@ HELD_OUT_SHARE = 0.05  # of the documents, for validation and for test each
 
 # kind -> (share of the documents, openings); the opening tells the kinds apart.
 KINDS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "person": (26, ("This is ", "Meet ", "Let me tell you about ", "People talk about ")),
+    "person": (25, ("This is ", "Meet ", "Let me tell you about ", "People talk about ")),
     "diary": (8, ("From the diary of ", "Diary of ")),
     "letter": (8, ("Dear ",)),
     "talk": (10, ("A talk between ", "Overheard between ")),
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[float, tuple[str, ...]]] = {
     "secret": (4, ("Do not tell anyone: ", "A secret: ")),
     "unknown": (6, ("What is not known: ", "Things nobody knows: ")),
     "story": (7, ("A story about ", "Hear what happened to ")),
-    "notebook": (11, ("Notebook of ", "Numbers and words of ")),
+    "notebook": (24, ("Notebook of ", "Numbers and words of ")),
     "manners": (5, ("Good manners: ", "How to speak well: ")),
 }
 
