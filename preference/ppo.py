@@ -46,6 +46,8 @@ class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
     eval_steps: float | None = key(0.1, "Evaluate every so many rounds; below 1 a share of all.")
     save_steps: float = key(0.1, "Write a checkpoint every so many rounds; below 1 a share of all.")
     num_train_epochs: float = key(1.0, "Passes over the prompts.")
+    # Transformers' warm-up begins at a rate of 0, and a step is a whole round here: it would learn nothing.
+    warmup_steps: float = key(0.0, "Rounds of linear warm-up; below 1 a share of all.")
 
     def __post_init__(self) -> None:
         set_up(self, PPOConfig)

@@ -3,10 +3,12 @@
 import copy
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trueup.base.adapters import is_adapter
 from trueup.preference.ppo_config import PPOConfig
+from trueup.preference.ppo_rollout import BatchedGenerator, Generator, TransformersGenerator
 from trueup.preference.value import ActorCritic, ValueModel, disable_dropout
 from trueup.recipes.errors import UsageError
 
@@ -46,6 +48,16 @@ def set_rounds(args: PPOConfig, train_dataset: Any) -> None:
         raise UsageError("train_dataset: a stream has no length; set max_steps or total_episodes")
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter is used in every forward
+
+
+def default_generator(
+    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, stop: frozenset[int], autocast: torch.dtype | None
+) -> Generator:
+    """What `generation_backend` names; `stop` are the tokens that end a completion."""
+    settings = (tokenizer, args.response_length, args.local_rollout_forward_batch_size, args.seed, autocast)
+    if args.generation_backend == "batched":
+        return BatchedGenerator(*settings)
+    return TransformersGenerator(*settings, stop)
 
 
 def actor_critic(

@@ -17,6 +17,7 @@ in a round draws from a global random number generator, so what is resumed goes 
 
 import contextlib
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    set_seed,
 )
 
 from trueup.base.adapters import is_adapter
@@ -53,19 +55,17 @@ from trueup.preference.ppo_math import (
     whiten,
 )
 from trueup.preference.ppo_rollout import (
-    BatchedGenerator,
     Completions,
     EpisodeSampler,
     Generator,
     Rewards,
     Rollout,
     Row,
-    TransformersGenerator,
     as_scorer,
     episode_keys,
     mini_batches,
 )
-from trueup.preference.ppo_setup import actor_critic, checked_tokenizer, set_rounds
+from trueup.preference.ppo_setup import actor_critic, checked_tokenizer, default_generator, set_rounds
 from trueup.preference.ppo_trace import TraceCallback, save_table
 from trueup.preference.value import ActorCritic, ValueModel
 from trueup.recipes.directory import read_json, write_json
@@ -125,6 +125,7 @@ class PPOTrainer(StageTrainer):
             trust = {"trust_remote_code": args.trust_remote_code}
             processing_class = processing_class or AutoTokenizer.from_pretrained(model, **trust)
             model = AutoModelForCausalLM.from_pretrained(model, **trust)
+        set_seed(args.seed)  # an adapter and a new head begin at random
         tokenizer = checked_tokenizer(processing_class, model)
         set_rounds(args, train_dataset)
 
@@ -137,22 +138,9 @@ class PPOTrainer(StageTrainer):
         self.rewards = Rewards([scorer(f, "reward_funcs") for f in functions], tokenizer, args.reward_weights)
         self.scorers = [scorer(f, "scorers") for f in _listed(scorers)]
         self.stop = frozenset(eos_ids(model, tokenizer))
-        settings = (
-            tokenizer,
-            args.response_length,
-            args.local_rollout_forward_batch_size,
-            args.seed,
-            precision,
-        )
-        batched = args.generation_backend == "batched"
-        self.generator: Generator = generator or (
-            BatchedGenerator(*settings) if batched else TransformersGenerator(*settings, self.stop)
-        )
-        self.kl_controller = KLController(
-            args.kl_coef,
-            args.adaptive_kl_target if args.kl_controller == "adaptive" else None,
-            args.adaptive_kl_horizon,
-        )
+        self.generator = generator or default_generator(args, tokenizer, self.stop, precision)
+        target = args.adaptive_kl_target if args.kl_controller == "adaptive" else None
+        self.kl_controller = KLController(args.kl_coef, target, args.adaptive_kl_horizon)
         self.precision = precision
         trained, self.reference = actor_critic(model, self.rewards.reward_model(), args, peft_config)
         self._prompts: list[Row] = []  # of the round that is being collected
@@ -420,6 +408,9 @@ class PPOTrainer(StageTrainer):
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self._figures.items()}
             logs["episode"] = episodes
+            if start_time is not None:
+                rounds = self.state.global_step - self._initial_global_step
+                logs["eps"] = rounds * self.args.episodes_per_round / (time.time() - start_time)
             self._figures.clear()
         super().log(logs, start_time)
 
