@@ -30,14 +30,21 @@ def print_stage_help(verb: str) -> None:
         "Keys stand in the recipe as `key: value`, or on the command line as --key value, which wins."
     )
     common = [Key(name, str, None, text) for name, text in COMMON_KEYS.items()]
-    console.print(_table("Every recipe", common))
-    for group, keys in itertools.groupby(schema.values(), key=lambda key: key.group):
+    needed = [key for key in schema.values() if key.required]
+    console.print(_table("Every recipe", [*needed, *common]))
+    rest = [key for key in schema.values() if not key.required]
+    for group, keys in itertools.groupby(rest, key=lambda key: key.group):
         console.print(_table(_HEADINGS.get(group, f"{verb} ({group})"), list(keys)))
 
 
 def _table(title: str, keys: list[Key]) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
     table.add_column("key", no_wrap=True, style="cyan")
     table.add_column("default", max_width=18, overflow="fold")
