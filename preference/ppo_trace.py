@@ -93,17 +93,23 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
     for split, style in (("train", "."), ("validation", "o-")):
         for name in ("reward", "score"):
             known = [p for p in points if p["split"] == split and name in p]
+            if not known:
+                continue
             roots = [max(p["kl"], 0.0) ** 0.5 for p in known]
             first.plot(roots, [p[name] for p in known], style, ms=4, lw=1, label=f"{name}, {split}")
     first.set(title="Reward against KL", xlabel="√KL")
-    first.legend(fontsize="small")
+    if points:
+        first.legend(fontsize="small")
     for axes, (title, unit, curves) in zip(others, PANELS, strict=True):
         for label, name in curves:
             lines = [line for line in history if name in line]
+            if not lines:
+                continue
             marker = "o-" if name.startswith("eval_") else "-"
             axes.plot([x["step"] for x in lines], [x[name] for x in lines], marker, ms=3, lw=1, label=label)
         axes.set(title=title, xlabel="round", ylabel=unit)
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
 
 

@@ -69,6 +69,7 @@ from trueup.preference.ppo_setup import actor_critic, checked_tokenizer, default
 from trueup.preference.ppo_trace import TraceCallback, save_table
 from trueup.preference.value import ActorCritic, ValueModel
 from trueup.recipes.directory import read_json, write_json
+from trueup.recipes.errors import UsageError
 
 RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 
@@ -424,8 +425,13 @@ class PPOTrainer(StageTrainer):
         Returns:
             reward (of the raw text, nothing subtracted), kl and kl_stderr (nats per completion, sampled at
             temperature 1), `score` and `scorers/*` where there are scorers, length and pathologies.
+
+        Raises:
+            UsageError: there are no held-out prompts.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise UsageError("eval_dataset: evaluation needs held-out prompts, and there are none")
         if isinstance(dataset, dict):
             parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{n}") for n, d in dataset.items()]
             return {name: figure for part in parts for name, figure in part.items()}

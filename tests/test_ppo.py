@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trueup.base.tokenizer import EOS
+from trueup.base.tokenizer import EOS, train_tokenizer
 from trueup.eval.sampler import SamplingSettings, sample
+from trueup.eval.scorers import RewardModelScorer
 from trueup.preference.ppo_math import kl_estimate
 from trueup.preference.ppo_rollout import (
     Completions,
@@ -287,6 +288,17 @@ def test_a_reward_model_reads_the_policys_own_tokens(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = reward_model(torch.tensor([ids])).logits[0, 0]
         assert scores[row].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_reads_the_text(tmp_path: Path) -> None:
+    other = train_tokenizer(["some other words"] * 3, vocab_size=282)
+    scorer = RewardModelScorer(eval_models.reward_model(vocab_size=len(other)), other, "other")
+    trainer = ppo_models.trainer(tmp_path, reward=scorer)
+    rollout = _rollout(trainer)
+    done = rollout.completions
+    expected = scorer([row["prompt"] for row in done.rows], done.texts, ended=done.ended)
+    assert trainer.rewards(done)[0].tolist() == pytest.approx(expected)
+    assert (rollout.values == 0).all()  # its trunk could not read the policy's tokens
 
 
 def test_rewards_are_weighted_and_none_is_left_out(tmp_path: Path) -> None:

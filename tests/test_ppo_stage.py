@@ -88,6 +88,28 @@ def test_the_stage_publishes_a_model_directory(recipe: Any, use_peft: bool, tmp_
     assert (out / "ppo.png").exists()
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_run_that_died_goes_on_to_the_same_model(
+    recipe: Any, use_peft: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trueup.preference.ppo_trainer import PPOTrainer
+
+    keys: dict[str, Any] = {"save_steps": 1, "use_peft": use_peft, "max_steps": 4}
+    whole = run(recipe(output_dir=str(tmp_path / "whole"), **keys))
+    measure = PPOTrainer._measure
+
+    def dying(self: PPOTrainer, *args: Any) -> None:
+        if self.state.global_step == 2:
+            raise RuntimeError("power cut")
+        measure(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "_measure", dying)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(recipe(**keys))
+    assert identity(run(recipe(**keys))) == identity(whole)
+
+
 def test_prompts_without_room_for_a_completion_are_left_out(
     recipe: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
