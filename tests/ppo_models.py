@@ -14,8 +14,8 @@ PROMPTS = ["x", "a rather longer prompt", "yy", "mid one", "q", "another, of its
 
 
 def counted() -> int:
-    """The token that the bandit pays for."""
-    return int(eval_models.tokenizer()("a")["input_ids"][-1])
+    """The token that the bandit pays for: 1 % of what `eval_models.policy()` says, so it is soon found."""
+    return int(eval_models.tokenizer()("J")["input_ids"][-1])
 
 
 def bandit(prompts: Any, completions: Any, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
