@@ -1,4 +1,4 @@
 """Instruments: scorers, sampled KL, statistics, lm-eval, the comparison report."""
 
-if __name__ != "trueup.eval":  # from the repository's root `import eval` would make a second copy of everything
-    raise ImportError("import trueup.eval, not eval: the folders at the root are packages of trueup")
+if __name__ != "trueup.eval":  # `import eval` from the repository's root would be a second copy
+    raise ImportError("import trueup.eval, not eval: the root's folders are packages of trueup")

@@ -1,4 +1,4 @@
 """Learning from preferences: pairs, reward model, DPO, PPO."""
 
-if __name__ != "trueup.preference":  # from the repository's root `import preference` would make a second copy of everything
-    raise ImportError("import trueup.preference, not preference: the folders at the root are packages of trueup")
+if __name__ != "trueup.preference":  # `import preference` from the repository's root would be a second copy
+    raise ImportError("import trueup.preference, not preference: the root's folders are packages of trueup")

@@ -1,4 +1,4 @@
 """Supervised fine-tuning through TRL."""
 
-if __name__ != "trueup.sft":  # from the repository's root `import sft` would make a second copy of everything
-    raise ImportError("import trueup.sft, not sft: the folders at the root are packages of trueup")
+if __name__ != "trueup.sft":  # `import sft` from the repository's root would be a second copy
+    raise ImportError("import trueup.sft, not sft: the root's folders are packages of trueup")
