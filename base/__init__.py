@@ -1,9 +1,7 @@
 """The GPT, its tokenizer and chat template, data formats, pretraining, generation."""
 
-if (
-    __name__ != "trueup.base"
-):  # from the repository's root `import base` would make a second copy of everything
-    raise ImportError("import trueup.base, not base: the folders at the root are packages of trueup")
+if __name__ != "trueup.base":  # `import base` from the repository's root would be a second copy
+    raise ImportError("import trueup.base, not base: the root's folders are packages of trueup")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

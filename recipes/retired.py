@@ -101,6 +101,7 @@ def _dataset_mixture(value: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 _DIRECTORY = "an output is replaced only when the new one is complete, and the old one is kept beside it"
+_BATCHES = "today: per_device_train_batch_size x gradient_accumulation_steps, cut into num_mini_batches"
 _REMOVED = "removed from Transformers and without effect here"
 
 RETIRED: dict[str, Retired] = {
@@ -158,6 +159,20 @@ RETIRED: dict[str, Retired] = {
     "ref_model_mixup_alpha": _refused("today: sync_ref_model with ref_model_sync_steps"),
     "reward_model_path": _renamed("reward_model_name_or_path"),
     "sft_model_path": _renamed("model_name_or_path"),
+    "num_sample_generations": _dropped("completions are kept at every eval_steps"),
+    "stop_token": _dropped("a completion always ends at eos"),
+    "stop_token_id": _refused("today: eos_token_id in the model's generation_config.json"),
+    "num_total_batches": _renamed("max_steps"),
+    "local_batch_size": _refused(_BATCHES),
+    "micro_batch_size": _refused(_BATCHES),
+    "mini_batch_size": _refused(_BATCHES),
+    "local_mini_batch_size": _refused(_BATCHES),
+    "batch_size": _refused(_BATCHES),
+    "model_adapter_name": _refused("the policy is the adapter that use_peft makes"),
+    "ref_adapter_name": _refused("the reference is the adapter switched off"),
+    "ds3_gather_for_generation": _dropped("weights are gathered where it is needed"),
+    "init_kl_coef": _renamed("kl_coef"),
+    "ppo_epochs": _renamed("num_ppo_epochs"),
     "lora_task_type": _dropped("the task follows from the stage"),
     "use_unsloth": _refused("only TRL's own path is supported"),
     # alignment-handbook
