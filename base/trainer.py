@@ -309,7 +309,10 @@ def _train_or_reload(trainer: StageTrainer, checkpoint: Path | None) -> tuple[fl
 
 
 def _evaluated_at(state: TrainerState) -> bool:
-    return any("eval_loss" in event and event["step"] == state.global_step for event in state.log_history)
+    return any(
+        event["step"] == state.global_step and any(name.startswith("eval_") for name in event)
+        for event in state.log_history
+    )
 
 
 def _final_figures(state: TrainerState) -> dict[str, float]:

@@ -136,7 +136,8 @@ def sample(
 def uniforms(seed: int, key: int, count: int) -> np.ndarray:
     """A row's random numbers in [0, 1), one per token: a counter-based stream, so the i-th is always the
     same."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, key % 2**64])).random(count)
+    state = np.array([seed % 2**64, key % 2**64], dtype=np.uint64)  # a list of large ones would become floats
+    return np.random.Generator(np.random.Philox(key=state)).random(count)
 
 
 def eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -165,3 +165,10 @@ def test_live_rows_fill_the_slots_of_the_done(done: str) -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SamplingSettings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [2**63 + 1, 2**64 - 1, -5])
+def test_large_and_negative_seeds_and_keys_have_luck_of_their_own(seed: int) -> None:
+    rows = {uniforms(seed, key, 4).tobytes() for key in (0, 1, 2**63, 2**63 + 1, -1, -2)}
+    assert len(rows) == 6
+    assert uniforms(seed, 0, 4).tobytes() != uniforms(seed + 1, 0, 4).tobytes()
