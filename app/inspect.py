@@ -11,11 +11,13 @@ from rich.tree import Tree
 
 from trueup.recipes.directory import ModelDirectory, open_directory
 from trueup.recipes.reader import read_recipe
+from trueup.recipes.run import open_run
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A model directory, or an SFT recipe.", metavar="DIR|RECIPE")],
     rows: Annotated[int, typer.Option(min=1, help="Of a recipe: how many rows to show.")] = 3,
+    budget: Annotated[str | None, typer.Option(help="Of a recipe: one of its named budgets.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Of a directory: record and lineage as JSON.")
     ] = False,
@@ -28,7 +30,9 @@ def inspect(
     if path.suffix in (".yaml", ".yml"):
         from trueup.app.tokens import show_tokens
 
-        show_tokens(read_recipe(path), rows)
+        recipe = read_recipe(path, budget=budget)
+        open_run(recipe)  # says in the recipe's own terms if a parent or the data is missing
+        show_tokens(recipe, rows)
         return
     opened = open_directory(path)
     if as_json:

@@ -35,7 +35,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _smoke(command: str) -> list[str]:
     """The command as run here: the smoke budget, and its directories where one is named."""
     words = shlex.split(LONG.get(command, command))
-    if "run" in words and "--dry-run" not in words:
+    recipe = "run" in words or ("inspect" in words and words[2].endswith(".yaml"))
+    if recipe and "--dry-run" not in words:
         words += ["--budget", "smoke"]
     words = [word.replace("runs/lab/", "runs/lab.smoke/") for word in words]
     assert words[0] == "trueup", f"the README names a command this test cannot run: {command}"
