@@ -87,3 +87,19 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a base model of 2 layers, as pretraining would write it."""
+    from sft_models import write_base
+
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, base: Path) -> Callable[..., Any]:
+    """make(rows, name, **keys): an SFT recipe that starts from `base`."""
+    from sft_models import recipe_maker
+
+    return recipe_maker(tmp_path, base)

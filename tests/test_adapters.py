@@ -1,12 +1,11 @@
 """LoRA: the merged model is the adapted one, and what could not be merged rightly is refused beforehand."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sft_models import recipe_maker, run, write_base
+from sft_models import run, write_base
 from transformers import AutoModelForCausalLM
 from typer import Typer
 from typer.testing import CliRunner
@@ -16,24 +15,8 @@ from trueup.base import adapters
 from trueup.base.adapters import merge_directory
 from trueup.recipes.directory import identity, read_json
 from trueup.recipes.errors import TrueupError, UsageError
-from trueup.recipes.stages import STAGES
 
 PROBE = {"input_ids": torch.arange(40)[None] + 30}
-
-
-@pytest.fixture(autouse=True)
-def sft_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "sft", ("trueup.sft.train:SFTRecipe", "Fine-tune."))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, base: Path) -> Callable[..., Any]:
-    return recipe_maker(tmp_path, base)
 
 
 def logits(model: Any) -> torch.Tensor:

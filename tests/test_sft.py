@@ -17,28 +17,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sft_models import ROWS, recipe_maker, run, write_base
+from sft_models import ROWS, run, write_base
 
 from trueup.recipes.directory import identity, open_directory, read_json
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.reader import RecipeError
 from trueup.recipes.run import open_run
-from trueup.recipes.stages import STAGES
-
-
-@pytest.fixture(autouse=True)
-def sft_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "sft", ("trueup.sft.train:SFTRecipe", "Fine-tune."))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, base: Path) -> Callable[..., Any]:
-    return recipe_maker(tmp_path, base)
 
 
 def prepared(recipe: Any) -> Any:

@@ -7,27 +7,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from sft_models import ROWS, recipe_maker, write_base
+from sft_models import ROWS
 
 from trueup.app.terminal import printable
 from trueup.app.tokens import show_tokens
 from trueup.recipes.errors import UsageError
-from trueup.recipes.stages import STAGES
-
-
-@pytest.fixture(autouse=True)
-def stages(monkeypatch: pytest.MonkeyPatch, toy_stage: None) -> None:
-    monkeypatch.setitem(STAGES, "sft", ("trueup.sft.train:SFTRecipe", "Fine-tune."))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, base: Path) -> Callable[..., Any]:
-    return recipe_maker(tmp_path, base)
 
 
 def shown(recipe: Any, rows: int = 2, **console: Any) -> str:
@@ -80,6 +64,7 @@ def test_control_characters_of_the_data_are_shown_not_obeyed(recipe: Any) -> Non
     assert "\x1b" not in text
 
 
+@pytest.mark.usefixtures("toy_stage")
 def test_a_stage_without_tokens_says_so(write_recipe: Callable[..., Path]) -> None:
     from trueup.recipes.reader import read_recipe
 
