@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md")])
+READMES = [ROOT / "README.md", *sorted([*ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md")])]
 # What a command becomes here. `make test` is what runs this test, and `make demo` is the folder run.
 LONG = {"make demo": "trueup run recipes/lab"}
 NOT_RUN = re.compile(r"^(make test|git |cd |pip |python3? -m (venv|pip)|source )")
@@ -43,11 +43,15 @@ def _smoke(command: str) -> list[str]:
     return [sys.executable, "-m", "trueup.app", *words[1:]]
 
 
+def test_the_root_readme_shows_the_road() -> None:
+    assert {"make demo", "make test", "trueup run recipes/lab"} <= set(commands(ROOT / "README.md"))
+
+
 @pytest.mark.timeout(1200)
-def test_the_root_readme_s_commands_run(desk: Path) -> None:
-    todo = [line for line in commands(ROOT / "README.md") if not NOT_RUN.match(line)]
-    assert todo, "the README shows no command"
-    for command in todo:
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_commands_of_a_readme_run(desk: Path, readme: Path) -> None:
+    """The root's come first and leave the runs that the others may look at."""
+    for command in [line for line in commands(readme) if not NOT_RUN.match(line)]:
         done = subprocess.run(
             _smoke(command),
             cwd=desk,
