@@ -85,20 +85,16 @@ def _marks(rows: list[dict[str, Any]], answers: list[tuple[str, bool]]) -> dict[
 
 
 def _print(report: dict[str, Any], title: str) -> None:
-    table = Table(
-        "family", "prompts", "correct", "95 %", "chance", "safe", "constraints", "style", "gold", title=title
-    )
+    columns = ("family", "n", "correct", "95 %", "chance", "safe", "constr.", "style", "gold")
+    table = Table(*columns, title=title, title_justify="left", box=None)
+    style_weight = sum(gold.WEIGHTS[part] for part in gold.STYLE)
     for family, row in report["families"].items():
         low, high = row["correct_interval"]
-        style = sum(gold.WEIGHTS[part] * row[part] for part in gold.STYLE) / sum(
-            gold.WEIGHTS[p] for p in gold.STYLE
-        )
+        style = sum(gold.WEIGHTS[part] * row[part] for part in gold.STYLE) / style_weight
         chance = "" if row["chance"] is None else f"{row['chance']:.2f}"
-        table.add_row(
-            family, str(row["prompts"]), f"{row['correct']:.3f}", f"{low:.2f} to {high:.2f}", chance,
-            f"{row['safe']:.2f}", f"{row['constraints']:.2f}", f"{style:.2f}", f"{row['gold']:.3f}",
-            end_section=family == "all",
-        )  # fmt: skip
+        figures = [f"{row['safe']:.2f}", f"{row['constraints']:.2f}", f"{style:.2f}", f"{row['gold']:.3f}"]
+        interval = f"{low:.2f} to {high:.2f}"
+        table.add_row(family, str(row["prompts"]), f"{row['correct']:.3f}", interval, chance, *figures)
     Console().print(table)
 
 
