@@ -3,11 +3,12 @@
     load_data(args, "train", "messages")   ->  datasets.Dataset | IterableDataset
     data_fingerprint(args, "train")        ->  what is read, by content
 
-A name is a set of the lab (`lab/chat`), a local file, folder or glob, or a Hub id (data_sources.py). All go
-one way: rows with their places -> one layout per file (formats.py) -> the rows of the split (data_splits.py)
--> an Arrow file in Hugging Face's cache, memory-mapped, or a stream. A bad row is an error naming file and
-row; with `skip_bad_rows` it is passed over and counted by reason in the `DataReport`. Rows whose chosen and
-rejected answers are equal teach nothing: they are always left out, and counted.
+A name is a set of the lab (`lab/chat`), a local file, folder or glob, the output_dir of a stage that makes
+data, or a Hub id (data_sources.py). All go one way: rows with their places -> one layout per file
+(formats.py) -> the rows of the split (data_splits.py) -> an Arrow file in Hugging Face's cache,
+memory-mapped, or a stream. A bad row is an error naming file and row; with `skip_bad_rows` it is passed over
+and counted by reason in the `DataReport`. Rows whose chosen and rejected answers are equal teach nothing:
+they are always left out, and counted.
 """
 
 import difflib
@@ -15,11 +16,13 @@ import hashlib
 import json
 from collections.abc import Sized
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trueup.base.data_rows import DataReport, RowReader, cached, stream
 from trueup.base.data_sources import SetConfig, SplitPlan, open_source
 from trueup.base.formats import FORMS
+from trueup.recipes.directory import RECORD, Kind
 from trueup.recipes.errors import TrueupError, UsageError
 
 if TYPE_CHECKING:
@@ -146,6 +149,17 @@ def data_fingerprint(args: DataArguments, split: Split) -> dict[str, Any]:
         "sha256": sha256,
         "datasets": parts,
     }
+
+
+def data_parents(args: Any) -> dict[str, tuple[str, Kind | None]]:
+    """A run's parents among its data: recipe key -> data set it names, of those that a stage wrote.
+
+    Args:
+        args: a stage's dataclass, built on DataArguments.
+    """
+    named = {"dataset_name": args.dataset_name}
+    named |= {f"datasets[{place}]": entry.get("path") for place, entry in enumerate(args.datasets or [])}
+    return {role: (path, "data") for role, path in named.items() if path and (Path(path) / RECORD).exists()}
 
 
 # ------------------------------------------------------------------------------------------ what is asked for

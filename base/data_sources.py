@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from trueup.base.data_files import find_files, has_known_suffix, is_data, nearest_name, read_rows
 from trueup.base.formats import BadRow, Row
+from trueup.recipes.directory import RECORD
 from trueup.recipes.errors import TrueupError, UsageError
 
 LAB = "lab/"
@@ -244,7 +245,8 @@ def _files_by_split(config: SetConfig, plan: SplitPlan) -> dict[str, list[Path]]
     if not root.is_dir():
         return {base: find_files(config.path)}
     groups = {}
-    for file in find_files(str(root)):
+    made_here = (root / RECORD).exists()  # by a stage: beside the rows stand its record and its card
+    for file in find_files(str(root / "*.jsonl") if made_here else str(root)):
         split = _split_named_by(file.relative_to(root), set(plan.names.values())) or base
         groups.setdefault(split, []).append(file)
     return groups

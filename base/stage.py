@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig
 
 from trueup.base import adapters
+from trueup.base.data import data_parents
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError, UsageError
 
@@ -74,8 +75,8 @@ class StageArguments:
         return found
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
-        """The model it starts from."""
-        return {"model_name_or_path": (str(self.model_name_or_path), "causal-lm")}
+        """The model it starts from, and the data sets that stages wrote."""
+        return {"model_name_or_path": (str(self.model_name_or_path), "causal-lm"), **data_parents(self)}
 
 
 @dataclass

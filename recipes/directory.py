@@ -3,6 +3,8 @@
 A directory is a full Hugging Face checkpoint with `trueup.json` beside it, and is written atomically: it is
 either whole or not there. It is named by its *identity*, a hash of weights, config, tokenizer and chat
 template, so a copy, a re-evaluation or a resumed run has the same name, and a changed weight another.
+
+A stage that makes data writes a directory of `*.jsonl` files instead, named by the hash of those.
 """
 
 import contextlib
@@ -25,11 +27,16 @@ FORMAT = 1
 # Keys that change without the model changing: who saved it, from where, with which version.
 _VOLATILE_CONFIG = {"transformers_version", "_name_or_path", "name_or_path", "auto_map", "use_cache"}
 
-Kind = Literal["causal-lm", "reward"]
-_ARCHITECTURES: dict[Kind, str] = {"causal-lm": "ForCausalLM", "reward": "ForSequenceClassification"}
+Kind = Literal["causal-lm", "reward", "data"]
+_ARCHITECTURES: dict[Kind, str] = {
+    "causal-lm": "ForCausalLM",
+    "reward": "ForSequenceClassification",
+    "data": "DataSet",  # no architecture: what a directory of rows is called here
+}
 _KIND_WORDS: dict[Kind, str] = {
     "causal-lm": "a language model",
     "reward": "a reward model (a sequence classifier)",
+    "data": "a data set",
 }
 
 
@@ -37,15 +44,21 @@ _KIND_WORDS: dict[Kind, str] = {
 
 
 def identity(directory: Path) -> str:
-    """The content hash (sha256, hex) of a model directory.
+    """The content hash (sha256, hex) of a model directory, or of a data set's.
 
     Tensors are hashed by name, dtype, shape and bytes, so sharding does not matter; JSON files by their
-    content less the keys that only tell who saved them; `tokenizer.json` and the chat template whole.
+    content less the keys that only tell who saved them; `tokenizer.json` and the chat template whole. Of a
+    data set its `*.jsonl` files count, by name and bytes.
 
     Raises:
         TrueupError: weights are missing or a file is cut short.
     """
     digest = hashlib.sha256()
+    if is_data_set(directory):
+        for path in sorted(directory.glob("*.jsonl")):
+            with path.open("rb") as file:
+                digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+        return digest.hexdigest()
     for name in ("config.json", "tokenizer_config.json"):
         digest.update(f"{name}\0{_canonical_json(directory / name)}\0".encode())
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -56,6 +69,11 @@ def identity(directory: Path) -> str:
         digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def is_data_set(directory: Path) -> bool:
+    """Whether a directory holds rows and no model."""
+    return not (directory / "config.json").exists() and any(directory.glob("*.jsonl"))
 
 
 def _canonical_json(path: Path) -> str:
@@ -117,7 +135,7 @@ class ModelDirectory:
 
 
 def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") -> ModelDirectory:
-    """Check that a directory is a whole, unchanged model of the wanted kind.
+    """Check that a directory is a whole, unchanged model, or data set, of the wanted kind.
 
     Args:
         kind: what the caller needs; None takes any.
@@ -131,7 +149,7 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
     at = f"{place}: " if place else ""
     if not path.is_dir():
         raise UsageError(f"{at}{path}: no such model directory; run the stage that writes it first")
-    if not (path / "config.json").exists():
+    if not (path / "config.json").exists() and not is_data_set(path):
         raise TrueupError(f"{at}{path}: not a model directory, or half-written: config.json is missing")
     _check_kind(path, kind, at)
     record = read_json(path / RECORD) if (path / RECORD).exists() else {}
@@ -148,11 +166,12 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
 
 
 def _check_kind(path: Path, kind: Kind | None, at: str) -> None:
-    architectures = read_json(path / "config.json").get("architectures") or []
-    if kind and architectures and not any(name.endswith(_ARCHITECTURES[kind]) for name in architectures):
+    names = ["DataSet"] if is_data_set(path) else read_json(path / "config.json").get("architectures") or []
+    unknown = not names and kind != "data"  # a model that does not say what it is may be the right one
+    if kind and not unknown and not any(name.endswith(_ARCHITECTURES[kind]) for name in names):
         raise UsageError(
-            f"{at}{path}: is {_kind_words(architectures[0])}, and this needs {_KIND_WORDS[kind]}; "
-            "name the output_dir of the right stage"
+            f"{at}{path}: is {_kind_words(names[0]) if names else 'a model'}, and this needs "
+            f"{_KIND_WORDS[kind]}; name the output_dir of the right stage"
         )
 
 

@@ -26,7 +26,7 @@ class Stage(Protocol):
         """(key, message) for keys that are each right and wrong together."""
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
-        """Recipe key -> (model directory it names, kind the stage needs there)."""
+        """Recipe key -> (directory it names, kind the stage needs there)."""
 
     def data(self) -> list[dict[str, Any]]:
         """Fingerprints of the data it reads."""
