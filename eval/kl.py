@@ -46,6 +46,19 @@ class KLEstimate:
     sequences: int
     tokens: int
 
+    @classmethod
+    def of(cls, log_ratios: Sequence[torch.Tensor]) -> "KLEstimate":
+        """From log policy - log reference of each sample's tokens."""
+        sums = torch.stack([ratios.sum() for ratios in log_ratios])
+        tokens = torch.cat(list(log_ratios))
+        return cls(
+            per_sequence=float(sums.mean()),
+            stderr=float(sums.std() / math.sqrt(len(sums))) if len(sums) > 1 else math.nan,
+            k3_per_token=float((torch.expm1(-tokens) + tokens).mean()),
+            sequences=len(sums),
+            tokens=len(tokens),
+        )
+
 
 def sampled_kl(
     policy: "PreTrainedModel",
@@ -89,20 +102,22 @@ def kl_of_samples(
     """
     if not samples:
         raise UsageError("prompts: there are none to measure a KL on")
+    return KLEstimate.of(log_ratios(policy, reference, samples, autocast=autocast))
+
+
+def log_ratios(
+    policy: "PreTrainedModel",
+    reference: "PreTrainedModel | Path | str | None",
+    samples: Sequence[Sample],
+    *,
+    autocast: torch.dtype | None = None,
+) -> list[torch.Tensor]:
+    """log policy - log reference of each sample's tokens, (T_i,) fp64; arguments as `kl_of_samples`."""
     # Both by the same forward in the same batches, so that equal models give exactly 0.
     ours = completion_log_probs(policy, samples, autocast=autocast)
     with _reference(policy, reference) as model:
         theirs = completion_log_probs(model, samples, autocast=autocast)
-    differences = [mine.double() - other.double() for mine, other in zip(ours, theirs, strict=True)]
-    sums = torch.stack([difference.sum() for difference in differences])
-    log_ratio = torch.cat(differences)
-    return KLEstimate(
-        per_sequence=float(sums.mean()),
-        stderr=float(sums.std() / math.sqrt(len(sums))) if len(sums) > 1 else math.nan,
-        k3_per_token=float((torch.expm1(-log_ratio) + log_ratio).mean()),
-        sequences=len(samples),
-        tokens=len(log_ratio),
-    )
+    return [mine.double() - other.double() for mine, other in zip(ours, theirs, strict=True)]
 
 
 def completion_log_probs(

@@ -4,7 +4,8 @@ A directory is a full Hugging Face checkpoint with `trueup.json` beside it, and 
 either whole or not there. It is named by its *identity*, a hash of weights, config, tokenizer and chat
 template, so a copy, a re-evaluation or a resumed run has the same name, and a changed weight another.
 
-A stage that makes data writes a directory of `*.jsonl` files instead, named by the hash of those.
+A stage that makes data writes a directory of `*.jsonl` files instead, named by the hash of those; a
+comparison one with a verdict, named by that and the samples it rests on.
 """
 
 import contextlib
@@ -22,21 +23,24 @@ from typing import Any, Literal
 from trueup.recipes.errors import TrueupError, UsageError
 
 RECORD = "trueup.json"
+VERDICT = "verdict.json"
 FORMAT = 1
 
 # Keys that change without the model changing: who saved it, from where, with which version.
 _VOLATILE_CONFIG = {"transformers_version", "_name_or_path", "name_or_path", "auto_map", "use_cache"}
 
-Kind = Literal["causal-lm", "reward", "data"]
+Kind = Literal["causal-lm", "reward", "data", "comparison"]
 _ARCHITECTURES: dict[Kind, str] = {
     "causal-lm": "ForCausalLM",
     "reward": "ForSequenceClassification",
     "data": "DataSet",  # no architecture: what a directory of rows is called here
+    "comparison": "Comparison",
 }
 _KIND_WORDS: dict[Kind, str] = {
     "causal-lm": "a language model",
     "reward": "a reward model (a sequence classifier)",
     "data": "a data set",
+    "comparison": "a comparison",
 }
 
 
@@ -48,14 +52,15 @@ def identity(directory: Path) -> str:
 
     Tensors are hashed by name, dtype, shape and bytes, so sharding does not matter; JSON files by their
     content less the keys that only tell who saved them; `tokenizer.json` and the chat template whole. Of a
-    data set its `*.jsonl` files count, by name and bytes.
+    data set its `*.jsonl` files count, by name and bytes, of a comparison the verdict and the samples.
 
     Raises:
         TrueupError: weights are missing or a file is cut short.
     """
     digest = hashlib.sha256()
-    if is_data_set(directory):
-        for path in sorted(directory.glob("*.jsonl")):
+    if not holds_model(directory):
+        comparison = [directory / VERDICT, *sorted((directory / "samples").glob("*.jsonl"))]
+        for path in comparison if is_comparison(directory) else sorted(directory.glob("*.jsonl")):
             with path.open("rb") as file:
                 digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
         return digest.hexdigest()
@@ -71,9 +76,19 @@ def identity(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def holds_model(directory: Path) -> bool:
+    """Whether a directory is neither a data set nor a comparison."""
+    return not (is_data_set(directory) or is_comparison(directory))
+
+
 def is_data_set(directory: Path) -> bool:
     """Whether a directory holds rows and no model."""
     return not (directory / "config.json").exists() and any(directory.glob("*.jsonl"))
+
+
+def is_comparison(directory: Path) -> bool:
+    """Whether a directory holds a verdict on models."""
+    return (directory / VERDICT).exists()
 
 
 def _canonical_json(path: Path) -> str:
@@ -149,7 +164,7 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
     at = f"{place}: " if place else ""
     if not path.is_dir():
         raise UsageError(f"{at}{path}: no such model directory; run the stage that writes it first")
-    if not (path / "config.json").exists() and not is_data_set(path):
+    if not (path / "config.json").exists() and holds_model(path):
         raise TrueupError(f"{at}{path}: not a model directory, or half-written: config.json is missing")
     _check_kind(path, kind, at)
     record = read_json(path / RECORD) if (path / RECORD).exists() else {}
@@ -166,8 +181,11 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
 
 
 def _check_kind(path: Path, kind: Kind | None, at: str) -> None:
-    names = ["DataSet"] if is_data_set(path) else read_json(path / "config.json").get("architectures") or []
-    unknown = not names and kind != "data"  # a model that does not say what it is may be the right one
+    if holds_model(path):
+        names = read_json(path / "config.json").get("architectures") or []
+    else:
+        names = ["Comparison"] if is_comparison(path) else ["DataSet"]
+    unknown = not names and kind not in ("data", "comparison")  # a model that does not say what it is may be the right one
     if kind and not unknown and not any(name.endswith(_ARCHITECTURES[kind]) for name in names):
         raise UsageError(
             f"{at}{path}: is {_kind_words(names[0]) if names else 'a model'}, and this needs "

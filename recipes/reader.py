@@ -135,6 +135,8 @@ def _own_place(given: dict[str, Entry], budget: str) -> dict[str, Entry]:
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(item) for item in value]
+        if isinstance(value, dict):
+            return {name: moved(item) for name, item in value.items()}
         if isinstance(value, str) and root in Path(value).parents:
             return str(root.with_name(f"{root.name}.{budget}") / Path(value).relative_to(root))
         return value
