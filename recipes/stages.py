@@ -13,6 +13,22 @@ if TYPE_CHECKING:
 STAGES: dict[str, tuple[str, str]] = {
     "pretrain": ("trueup.base.pretrain:PretrainRecipe", "Train a GPT from scratch on raw text."),
     "sft": ("trueup.sft.train:SFTRecipe", "Fine-tune it on examples of good answers (TRL; full or LoRA)."),
+    "pairs": (
+        "trueup.preference.pairs:PairsRecipe",
+        "Sample answers, score them, and write pairs of them, or the best ones.",
+    ),
+    "reward": (
+        "trueup.preference.reward:RewardRecipe",
+        "Train a reward model on pairs of answers (TRL; full or LoRA), and examine it.",
+    ),
+    "dpo": ("trueup.preference.dpo:DPORecipe", "Learn from pairs of answers directly (TRL; full or LoRA)."),
+    "kto": ("trueup.preference.kto:KTORecipe", "Learn from answers that are each good or bad (TRL)."),
+    "rloo": ("trueup.preference.online:RLOORecipe", "Optimise it against a reward by RLOO (TRL; no critic)."),
+    "grpo": ("trueup.preference.online:GRPORecipe", "Optimise it against a reward by GRPO (TRL; no critic)."),
+    "compare": (
+        "trueup.eval.compare:CompareRecipe",
+        "Compare models that began as one: win rates with intervals, KL, and a verdict.",
+    ),
 }
 
 

@@ -1,0 +1,238 @@
+"""The compare stage: which of several ways from one start is better, by how much, and how sure that is.
+
+    stage: compare
+    baseline: runs/lab/sft
+    arms: {dpo: [runs/seeds/dpo-0, runs/seeds/dpo-1], ppo: [runs/seeds/ppo-0, runs/seeds/ppo-1]}
+    scorers: [gold]
+    dataset_name: lab/prompts
+    output_dir: runs/lab/compare
+
+The output folder holds `verdict.json`, the samples (`samples/*.jsonl`) and every score of every sample
+(`scores.csv`).
+"""
+
+import csv
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trueup.base.data import DataArguments, data_fingerprint, data_parents, load_data
+from trueup.base.stage import key
+from trueup.eval.compare_samples import BASELINE, SAMPLES, Answers, Arm, Bench, Measures, measures, write_rows
+from trueup.eval.compare_verdict import conclude, print_verdict
+from trueup.eval.loading import load_policy
+from trueup.eval.sampler import SamplingSettings
+from trueup.eval.scorers import Scorer, resolve_scorer
+from trueup.eval.validation import frozen_prompts, scorer_parents
+from trueup.recipes.directory import VERDICT, Kind, ModelDirectory, write_json
+from trueup.recipes.errors import TrueupError
+from trueup.recipes.machine import accelerator
+from trueup.recipes.run import Run
+
+GOLD = "gold"  # the scorer that comes in parts
+SCORES = "scores.csv"
+PROMPTS = f"{SAMPLES}/prompts.jsonl"
+
+
+@dataclass
+class CompareRecipe(DataArguments):
+    """Compare models that began as one: samples on the same prompts, scored by what none was trained on."""
+
+    output_dir: str = key("", "Folder to write.", required=True)
+    arms: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Name -> model directory, or a list of them: the seeds of one method.",
+            "required": True,
+        },
+    )
+    baseline: str | None = key(
+        None, "Model directory all arms began as: KL is measured from it.", required=True
+    )
+    scorers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What ranks: the first one. Registered names, module:function, reward model directories; "
+            "none that an arm was trained on.",
+            "required": True,
+        },
+    )
+    reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The proxy: reward model directory, or one per seed. Chooses for best_of, is shown, and "
+            "never ranks."
+        },
+    )
+    best_of: list[int] = field(
+        default_factory=lambda: [4, 16],
+        metadata={"help": "Best-of-n arms: the baseline's best answer of n by the reward model."},
+    )
+    max_prompts: int = key(840, "Test prompts, at most.")
+    max_new_tokens: int = key(256, "A completion of so many tokens is cut.")
+    per_device_eval_batch_size: int = key(64, "Completions sampled together: memory and speed alone.")
+    use_cpu: bool = key(False, "Stay on the CPU though there is an accelerator.")
+    seed: int = key(0, "Of the sampling; repetition k takes seed + k.")
+
+    @classmethod
+    def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
+        """See `trueup.recipes.stages.Stage`."""
+        found = []
+        counts = {}
+        for name, value in (given.get("arms") or {}).items():
+            paths = value if isinstance(value, list) else [value]
+            counts[name] = len(paths)
+            if not paths or not all(isinstance(path, str) for path in paths):
+                found.append(("arms", f"{name}: takes a model directory, or a list of them"))
+            if not str(name).replace("-", "").replace("_", "").isalnum():
+                found.append(("arms", f"{name!r}: a name is made of letters, digits, - and _"))
+        counts["reward_model_name_or_path"] = len(given.get("reward_model_name_or_path") or [0])
+        several = {name: count for name, count in counts.items() if count > 1}
+        if len(set(several.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in several.items())
+            found.append(("arms", f"have different numbers of seeds ({told}): give each the same, or one"))
+        if any(n < 2 for n in given.get("best_of", [])):
+            found.append(("best_of", "takes numbers of candidates from 2 on"))
+        if given.get("best_of") and not given.get("reward_model_name_or_path"):
+            found.append(("best_of", "needs reward_model_name_or_path, which chooses the best"))
+        return found
+
+    def parents(self) -> dict[str, tuple[str, Kind | None]]:
+        """The baseline, every arm's directories, the reward models."""
+        found: dict[str, tuple[str, Kind | None]] = {"baseline": (str(self.baseline), "causal-lm")}
+        for name, paths in self._paths().items():
+            found |= {f"arms.{name}[{place}]": (path, "causal-lm") for place, path in enumerate(paths)}
+        found |= scorer_parents(self.reward_model_name_or_path, "reward_model_name_or_path")
+        return {**found, **scorer_parents(self.scorers), **data_parents(self)}
+
+    def data(self) -> list[dict[str, Any]]:
+        """The fingerprint of the test prompts."""
+        return [data_fingerprint(self, "test")]
+
+    def run(self, run: Run) -> None:
+        """Sample, score, conclude, and write the folder."""
+        bench = self._bench(run)
+        arms = self._arms(run)
+        scorers = self._open(self.scorers)
+        answers, tables = self._measure(bench, arms, scorers, run)
+        verdict = conclude(arms, answers, tables, [scorer.name for scorer in scorers], bench.prompts) | {
+            "data": run.data,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
+        print_verdict(verdict)
+
+        def save(folder: Path) -> None:
+            (folder / SAMPLES).mkdir()
+            for path in bench.files:
+                shutil.copy(path, folder / SAMPLES)
+            write_rows(folder / PROMPTS, bench.prompts)
+            write_scores(folder / SCORES, tables)
+            write_json(folder / VERDICT, verdict)
+
+        generated = sum(len(row["ids"]) for said in answers.values() for one in said for row in one.rows)
+        rates = {f"{pair['a']}/{pair['b']}": pair["rate"]["estimate"] for pair in verdict["pairs"]}
+        run.publish(save, rates | {"tokens_generated": float(generated)})
+        for path in run.work_dir.glob("*.jsonl"):
+            path.unlink()
+
+    def _paths(self) -> dict[str, list[str]]:
+        return {name: value if isinstance(value, list) else [value] for name, value in self.arms.items()}
+
+    def _device(self) -> str:
+        return "cpu" if self.use_cpu else accelerator()
+
+    def _open(self, names: list[str] | None) -> list[Scorer]:
+        return [
+            resolve_scorer(name, "scorers", **({"device": self._device()} if Path(name).is_dir() else {}))
+            for name in names or []
+        ]
+
+    def _arms(self, run: Run) -> list[Arm]:
+        """The baseline first, then those named, then best-of-n."""
+        baseline = run.parents["baseline"]
+        named = [
+            Arm(name, [run.parents[f"arms.{name}[{place}]"] for place in range(len(paths))])
+            for name, paths in self._paths().items()
+        ]
+        virtual = [Arm(f"best-of-{n}", [baseline], n) for n in self._best_of()]
+        return [Arm(BASELINE, [baseline]), *named, *virtual]
+
+    def _best_of(self) -> list[int]:
+        return self.best_of if self.reward_model_name_or_path else []
+
+    def _bench(self, run: Run) -> Bench:
+        model, tokenizer = load_policy(run.parents["baseline"].path)
+        dataset = load_data(self, "test", "prompt")
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        prompts = frozen_prompts(dataset, self.max_prompts, tokenizer, context, self.max_new_tokens)
+        if not prompts:
+            raise TrueupError("test: no prompt leaves room for a completion in the baseline's context")
+        return Bench(
+            prompts=prompts,
+            baseline=run.parents["baseline"],
+            settings=SamplingSettings(
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+                batch_size=self.per_device_eval_batch_size,
+            ),
+            folder=run.work_dir,
+            earlier=run.output_dir / SAMPLES,
+            device=self._device(),
+        )
+
+    def _measure(
+        self, bench: Bench, arms: list[Arm], scorers: list[Scorer], run: Run
+    ) -> tuple[dict[str, list[Answers]], dict[str, Measures]]:
+        """All answers, and arm -> measure -> table (repetitions, prompts)."""
+        proxies = self._open(self.reward_model_name_or_path)
+        repetitions = max([len(proxies), *(len(arm.directories) for arm in arms)])
+        answers: dict[str, list[Answers]] = {}
+        tables: dict[str, Measures] = {}
+        for arm in arms:
+            answers[arm.name], rows = [], []
+            for repetition in range(max(len(proxies), 1) if arm.best_of else repetitions):
+                if arm.best_of:
+                    place = repetition % len(proxies)
+                    identity = run.parents[f"reward_model_name_or_path[{place}]"].identity
+                    said = bench.best_of(arm, repetition, proxies[place], identity)
+                else:
+                    said = bench.answers(arm, repetition)
+                answers[arm.name].append(said)
+                proxy = proxies[repetition % len(proxies)] if proxies else None
+                rows.append(self._scored(bench, arm.directory(repetition), said, scorers, proxy))
+            tables[arm.name] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        return answers, tables
+
+    @staticmethod
+    def _scored(
+        bench: Bench, policy: ModelDirectory, said: Answers, scorers: list[Scorer], proxy: Scorer | None
+    ) -> dict[str, list[float]]:
+        found = {f"scorers/{one.name}": bench.score(one, policy, said) for one in scorers}
+        if any(one.name == GOLD for one in scorers):
+            found |= {f"parts/{name}": values for name, values in bench.parts(said).items()}
+        if proxy:
+            found["proxy"] = bench.score(proxy, policy, said)
+        return found | measures(said)
+
+
+def write_scores(path: Path, tables: Mapping[str, Measures]) -> None:
+    """Every figure of every answer: one line per arm, repetition and prompt."""
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+
+    def lines() -> Iterator[list[Any]]:
+        for arm, table in tables.items():
+            repetitions, prompts = next(iter(table.values())).shape
+            for repetition in range(repetitions):
+                for row in range(prompts):
+                    cells = [table[name][repetition, row] if name in table else "" for name in names]
+                    yield [arm, repetition, row, *cells]
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "repetition", "row", *names])
+        writer.writerows(lines())

@@ -1,0 +1,187 @@
+"""From tables of scores to `verdict.json`, and the same as tables on the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from trueup.eval.compare_samples import BASELINE, Answers, Arm, Measures, Row, text_figures
+from trueup.eval.compare_statistics import (
+    ELO,
+    bradley_terry,
+    compare,
+    difference,
+    fallen_parts,
+    family_means,
+    length_controlled,
+    mean_interval,
+    percent,
+    points,
+    size_note,
+    verdict,
+)
+from trueup.eval.kl import best_of_n_kl
+from trueup.eval.statistics import Interval
+
+Json = dict[str, Any]
+
+FAMILY = "family"  # the column that says what kind of prompt it is
+CORRECT = "parts/correct"
+
+
+def conclude(
+    arms: Sequence[Arm],
+    answers: Mapping[str, Sequence[Answers]],
+    tables: Mapping[str, Measures],
+    scorers: Sequence[str],
+    prompts: Sequence[Row],
+) -> Json:
+    """All figures of a comparison, JSON-able, without times.
+
+    Args:
+        tables: arm -> measure -> (repetitions, prompts); the measures are `scorers/NAME`, `parts/NAME`,
+            `proxy`, `characters`, `tokens`, `log_ratio`, `k3`.
+        scorers: names; the first ranks.
+    """
+    ranking = f"scorers/{scorers[0]}"
+    seeds = max(len(said) for said in answers.values())
+    ratings = bradley_terry({arm.name: tables[arm.name][ranking] for arm in arms}, BASELINE)
+    pairs = [_pair(a.name, b.name, tables, ranking) for b, a in combinations(arms, 2)]
+    return {
+        "format": 1,
+        "scorers": list(scorers),
+        "prompts": len(prompts),
+        "seeds": seeds,
+        "note": size_note(seeds, len(prompts)),
+        "arms": [
+            _arm(arm, answers[arm.name], tables, prompts)
+            | {"bradley_terry": asdict(ratings[arm.name]), "elo": ELO * ratings[arm.name].estimate}
+            for arm in arms
+        ],
+        "pairs": pairs,
+    }
+
+
+def _pair(a: str, b: str, tables: Mapping[str, Measures], ranking: str) -> Json:
+    ours, theirs = tables[a], tables[b]
+    outcome = compare(ours[ranking], theirs[ranking])
+    controlled = length_controlled(ours[ranking], theirs[ranking], ours["characters"], theirs["characters"])
+    parts = {
+        name.removeprefix("parts/"): difference(ours[name], theirs[name])
+        for name in ours
+        if name.startswith("parts/")
+    }
+    found = verdict(a, b, outcome)
+    ahead = parts if found.winner == a else {}
+    if found.winner == b:
+        ahead = {name: difference(theirs[f"parts/{name}"], ours[f"parts/{name}"]) for name in parts}
+    falls = {name: points(ahead[name].difference) for name in fallen_parts(ahead)}
+    told = "; ".join(f"{name} {change}" for name, change in falls.items())
+    return {
+        "a": a,
+        "b": b,
+        "winner": found.winner,
+        "text": f"{found.text}. But it is worse in: {told}" if falls else found.text,
+        "prompts_to_settle": found.to_settle,
+        **asdict(outcome),
+        "length_controlled": asdict(controlled),
+        "parts": {name: asdict(part) for name, part in parts.items()},
+        "worse_in": list(falls),
+    }
+
+
+def _arm(
+    arm: Arm, answers: Sequence[Answers], tables: Mapping[str, Measures], prompts: Sequence[Row]
+) -> Json:
+    table, base = tables[arm.name], tables[BASELINE]
+    shown = [name for name in table if name not in ("log_ratio", "k3")]
+    figures = [text_figures(said) for said in answers]
+    found: Json = {
+        "name": arm.name,
+        "models": [
+            {"path": str(one.path), "identity": one.identity, "stage": one.record.get("stage", "foreign")}
+            for one in arm.directories
+        ],
+        "best_of": arm.best_of or None,
+        "samples": [said.file for said in answers],
+        "means": {name: asdict(mean_interval(table[name])) for name in shown},
+        "by_seed": {name: np.nanmean(table[name], axis=1).tolist() for name in shown},
+        "differences": {
+            name: asdict(difference(table[name], base[name]).difference)
+            for name in shown
+            if arm.name != BASELINE
+        },
+        "kl": _kl(arm, table),
+        "text": {name: float(np.mean([one[name] for one in figures])) for name in figures[0]},
+        "text_by_seed": figures,
+    }
+    if CORRECT in table and FAMILY in prompts[0]:
+        by_family = family_means(table[CORRECT], [row[FAMILY] for row in prompts])
+        found["correct_by_family"] = {name: asdict(interval) for name, interval in by_family.items()}
+    return found
+
+
+def _kl(arm: Arm, table: Measures) -> Json:
+    """KL from the baseline in nats per completion; of best-of-n the analytic bound."""
+    if arm.best_of:
+        return {"per_sequence": best_of_n_kl(arm.best_of), "bound": True}
+    sums, k3, tokens = table["log_ratio"], table["k3"], table["tokens"]
+    interval = mean_interval(sums)
+    stderr = sums.std(axis=1, ddof=1) / np.sqrt(sums.shape[1]) if sums.shape[1] > 1 else np.array([np.nan])
+    by_seed = [
+        {"per_sequence": float(mean), "stderr": float(error)}
+        for mean, error in zip(sums.mean(axis=1), stderr, strict=True)
+    ]
+    return {
+        "per_sequence": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "k3_per_token": float(k3.sum() / tokens.sum()),
+        "by_seed": by_seed,
+        "bound": False,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+
+def print_verdict(found: Json) -> None:
+    """Verdict first, then the tables it rests on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print()
+    for pair in found["pairs"]:
+        console.print(pair["text"], highlight=False, markup=False)
+    if found["note"]:
+        console.print(found["note"], style="yellow", highlight=False, markup=False)
+    table = Table("pair", "win rate", "win", "tie", "loss", "equal length", "by seed", box=None)
+    for pair in found["pairs"]:
+        shares = [f"{pair[name]:.1%}" for name in ("wins", "ties", "losses")]
+        seeds = " ".join(f"{rate:.3f}" for rate in pair["by_seed"])
+        rates = [percent(Interval(**pair[name])) for name in ("rate", "length_controlled")]
+        table.add_row(f"{pair['a']} : {pair['b']}", rates[0], *shares, rates[1], seeds)
+    console.print(table)
+    _print_arms(console, found["arms"])
+
+
+def _print_arms(console: Any, arms: Sequence[Json]) -> None:
+    from rich.table import Table
+
+    table = Table("", *(arm["name"] for arm in arms), box=None)
+    for name in (name for name in arms[0]["means"] if name != "characters"):
+        cells = [_short(arm["means"][name]) for arm in arms]
+        table.add_row(name.removeprefix("scorers/").removeprefix("parts/"), *cells)
+    bounds = ["≤ " * arm["kl"]["bound"] for arm in arms]
+    sums = [f"{arm['kl']['per_sequence']:.2f}" for arm in arms]
+    table.add_row("KL, nats", *(bound + kl for bound, kl in zip(bounds, sums, strict=True)))
+    table.add_row("Elo", *(f"{arm['elo']:+.0f}" for arm in arms))
+    console.print(table)
+
+
+def _short(interval: Json) -> str:
+    reach = (interval["high"] - interval["low"]) / 2
+    return f"{interval['estimate']:.3f} ±{reach:.3f}"
