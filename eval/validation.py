@@ -228,7 +228,8 @@ class ValidationCallback(TrainerCallback):
     `completions/step-N.jsonl` in the Trainer's `output_dir`.
 
     Args:
-        reference: the model that the KL is measured from; None: the policy with its adapter switched off.
+        reference: the model that the KL is measured from, or its directory, which is then opened each time;
+            None: the policy with its adapter switched off.
         show: print the first few completions.
     """
 
@@ -261,7 +262,9 @@ class ValidationCallback(TrainerCallback):
         autocast = _AUTOCAST.get(args.mixed_precision)
         with contextlib.ExitStack() as stack:
             policy = stack.enter_context(whole(self.trainer, self.trainer.model_wrapped))
-            reference = self.reference and stack.enter_context(whole(self.trainer, self.reference))
+            reference = self.reference
+            if isinstance(reference, torch.nn.Module):
+                reference = stack.enter_context(whole(self.trainer, reference))
             figures, table = self.validation(policy, reference, autocast)
         logged = {f"eval_{name}": value for name, value in figures.items()}
         self.trainer.log(dict(logged))
