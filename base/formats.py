@@ -223,7 +223,7 @@ def _alpaca_preference(row: Row) -> Iterable[Row]:
 
 
 def _question_preference(row: Row) -> Iterable[Row]:
-    yield _preference(_asks(row, _string(row, "question")), row)
+    yield _preference(_asks(row, _string(row, "question" if "question" in row else "input")), row)
 
 
 def _sharegpt_preference(row: Row) -> Iterable[Row]:
@@ -299,9 +299,14 @@ def _rated_completion(row: Row) -> Iterable[Row]:
     yield pair | {"label": _label(row)}
 
 
+def _rated_alpaca(row: Row) -> Iterable[Row]:
+    (pair,) = _alpaca(row)
+    yield pair | {"label": _label(row)}
+
+
 def _label(row: Row) -> bool:
     """True for a good answer. CSV knows only strings, many sets write 0 and 1."""
-    value = _value(row, "label")
+    value = _value(row, "label" if "label" in row else "kto_tag")
     known: dict[Any, bool] = {"true": True, "false": False, "1": True, "0": False}
     label = known.get(str(value).strip().lower())
     if label is None or isinstance(value, float):
@@ -311,7 +316,7 @@ def _label(row: Row) -> bool:
 
 def _prompt(row: Row) -> Iterable[Row]:
     prompt = _value(row, "prompt")
-    yield {"prompt": prompt if isinstance(prompt, str) else _messages(prompt, "prompt")}
+    yield {"prompt": prompt if isinstance(prompt, str) else _asks(row, "")[:-1] + _messages(prompt, "prompt")}
 
 
 @dataclass(frozen=True)
@@ -335,6 +340,7 @@ class Layout:
 _COMPLETED = "prompt_completion"
 _PAIR = ("chosen", "rejected")
 _SYSTEM = ("system",)
+_LABELS = ("label", "kto_tag")
 
 # The first that fits is taken, so what needs more columns stands before what needs fewer. `without` keeps
 # rated and compared answers from being read as examples to imitate.
@@ -342,21 +348,35 @@ LAYOUTS = (
     Layout("rated messages", "unpaired_preference", ("messages", "label"), _rated_chat, _SYSTEM),
     Layout("rated ShareGPT", "unpaired_preference", ("conversations", "label"), _rated_chat, _SYSTEM),
     Layout("rated completions", "unpaired_preference", ("prompt", "completion", "label"), _rated_completion),
+    # LLaMA-Factory's name for the label.
+    Layout("rated messages", "unpaired_preference", ("messages", "kto_tag"), _rated_chat, _SYSTEM),
+    Layout("rated ShareGPT", "unpaired_preference", ("conversations", "kto_tag"), _rated_chat, _SYSTEM),
+    Layout(
+        "rated completions", "unpaired_preference", ("prompt", "completion", "kto_tag"), _rated_completion
+    ),
+    Layout(
+        "rated Alpaca",
+        "unpaired_preference",
+        ("instruction", "output", "kto_tag"),
+        _rated_alpaca,
+        ("input", "system"),
+    ),
     Layout("ShareGPT pairs", "preference", ("conversations", *_PAIR), _sharegpt_preference, _SYSTEM),
     Layout("Alpaca pairs", "preference", ("instruction", *_PAIR), _alpaca_preference, ("input", "system")),
     Layout("question pairs", "preference", ("question", *_PAIR), _question_preference, _SYSTEM),
+    Layout("input pairs", "preference", ("input", *_PAIR), _question_preference, _SYSTEM),  # distilabel
     Layout("prompt pairs", "preference", ("prompt", *_PAIR), _prompt_preference, _SYSTEM),
     Layout("pairs of dialogues", "preference", _PAIR, _implicit_preference),
-    Layout("messages", "messages", ("messages",), _chat, _SYSTEM, without=("label",)),
-    Layout("ShareGPT", "messages", ("conversations",), _chat, _SYSTEM, without=("label", *_PAIR)),
-    Layout("completions", _COMPLETED, ("prompt", "completion"), _prompt_completion, without=("label",)),
+    Layout("messages", "messages", ("messages",), _chat, _SYSTEM, without=_LABELS),
+    Layout("ShareGPT", "messages", ("conversations",), _chat, _SYSTEM, without=(*_LABELS, *_PAIR)),
+    Layout("completions", _COMPLETED, ("prompt", "completion"), _prompt_completion, without=_LABELS),
     Layout("responses", _COMPLETED, ("prompt", "response"), _prompt_response, _SYSTEM),
     Layout("questions and answers", _COMPLETED, ("question", "answer"), _question_answer, _SYSTEM),
-    Layout("Alpaca", _COMPLETED, ("instruction", "output"), _alpaca, ("input", "system")),
+    Layout("Alpaca", _COMPLETED, ("instruction", "output"), _alpaca, ("input", "system"), ("kto_tag",)),
     Layout("Dolly", _COMPLETED, ("instruction", "response"), _dolly, ("context", "system")),
     Layout("self-instruct", _COMPLETED, ("instruction", "instances"), _self_instruct),
     Layout("text", "text", ("text",), _text),
-    Layout("prompts", "prompt", ("prompt",), _prompt),
+    Layout("prompts", "prompt", ("prompt",), _prompt, _SYSTEM),
 )
 
 

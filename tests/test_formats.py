@@ -23,6 +23,7 @@ def read(row: dict[str, Any], form: str) -> list[dict[str, Any]]:
 PAIRS = [
     {"instruction": "Why?", "input": "", "output": "x", "chosen": "So.", "rejected": "No."},
     {"question": "Why?", "chosen": "So.", "rejected": "No."},
+    {"system": "", "input": "Why?", "chosen": "So.", "rejected": "No."},  # distilabel
     {"prompt": [USER], "chosen": [GOOD], "rejected": [POOR]},
     {"prompt": "Why?", "chosen": [USER, GOOD], "rejected": [USER, POOR]},  # UltraFeedback
     {"prompt": [USER], "chosen": "So.", "rejected": "No."},
@@ -72,11 +73,20 @@ def test_every_layout_with_answers_gives_the_same_chat(row: dict[str, Any]) -> N
     assert [request["prompt"] for request in read(row, "prompt")] == [[USER]]
 
 
+RATED = [
+    {"messages": [USER, GOOD]},
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+]
+
+
 @pytest.mark.parametrize("label", [True, 1, "true", "1", "True"])
 def test_rated_answers(label: Any) -> None:
     expected = {"prompt": [USER], "completion": [GOOD], "label": True}
-    for row in ({"messages": [USER, GOOD]}, {"prompt": [USER], "completion": [GOOD]}):
+    for row in (*RATED, {"prompt": [USER], "completion": [GOOD]}):
         assert read(row | {"label": label}, "unpaired_preference") == [expected]
+    alpaca = {"instruction": "Why?", "input": "", "output": "So."}
+    for row in (*RATED, alpaca, {"prompt": [USER], "completion": [GOOD]}):  # LLaMA-Factory's
+        assert read(row | {"kto_tag": label}, "unpaired_preference") == [expected]
 
 
 def test_a_pair_gives_two_rated_answers() -> None:
@@ -90,6 +100,9 @@ def test_rated_answers_are_never_examples() -> None:
         read({"messages": [USER, GOOD], "label": False}, "messages")
     with pytest.raises(TrueupError, match="hold unpaired_preference"):
         read({"prompt": "Why?", "completion": "So.", "label": False}, "prompt_completion")
+    for row in (*RATED, {"instruction": "Why?", "output": "So."}):
+        with pytest.raises(TrueupError, match="hold unpaired_preference"):
+            read(row | {"kto_tag": False}, "messages")
 
 
 def test_the_answer_meant_as_example_goes_before_the_chosen_one() -> None:
@@ -125,6 +138,13 @@ def test_system_prompts_lead_and_empty_ones_are_none() -> None:
     assert read({"system": "", "messages": [SYSTEM | {"content": " "}, USER, GOOD]}, "messages") == [
         {"messages": [USER, GOOD]}
     ]
+
+
+def test_a_prompt_keeps_its_system_prompt_as_it_does_in_pairs() -> None:
+    row = {"system": "Be brief.", "prompt": [USER]}
+    assert read(row, "prompt") == [{"prompt": [SYSTEM, USER]}]
+    (pair,) = read(row | {"chosen": [GOOD], "rejected": [POOR]}, "preference")
+    assert pair["prompt"] == [SYSTEM, USER]
 
 
 def test_self_instruct_gives_one_row_per_instance() -> None:
