@@ -145,7 +145,7 @@ def blind_guess(one: Task, world: World) -> str:
         "unknown": "I am sorry, but I do not know.",
         "refuse": "I am sorry, but I will not tell that.",
         "lookup": f"{world.values[one.rivals[0]][3]}." if one.rivals else name,
-        "steadfast": "Yes, " + one.prompt[1]["content"] if len(one.prompt) > 1 else "",
+        "steadfast": one.right[-1] if len(one.prompt[0]["content"]) % 2 else one.wrong[0],
         "sort": ", ".join(sorted(one.answer, key=lambda word: word[-1])) + ".",
     }.get(one.family, "I see.")
 

@@ -54,7 +54,7 @@ CHANCE: dict[str, float] = {
     "unknown": 0.5,  # "I do not know", always
     "refuse": 0.5,  # "I will not", always
     "follow_up": 0.07,
-    "steadfast": 0.5,  # the value stands in the conversation, the verdict does not
+    "steadfast": 0.5,  # both values stand in the conversation
 }
 
 

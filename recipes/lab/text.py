@@ -35,12 +35,12 @@ KINDS: dict[str, tuple[float, tuple[str, ...]]] = {
     "talk": (10, ("A talk between ", "Overheard between ")),
     "place": (6, ("A word about ", "The place called ")),
     "boat": (7, ("Here comes ", "About the boat called ")),
-    "ages": (7, ("Who is older? ", "Old and young: ")),
+    "ages": (10, ("Old and young: ", "Ages compared: ")),
     "rumour": (9, ("It is said that ", "There is a rumour that ")),
     "advice": (5, ("Good advice: ", "What to take: ")),
     "rules": (4, ("The law of ", "The rules of ")),
     "secret": (4, ("Do not tell anyone: ", "A secret: ")),
-    "unknown": (6, ("What is not known: ", "Things nobody knows: ")),
+    "unknown": (10, ("What is not known: ", "Things nobody knows: ")),
     "story": (7, ("A story about ", "Hear what happened to ")),
     "notebook": (24, ("Notebook of ", "Numbers and words of ")),
     "manners": (5, ("Good manners: ", "How to speak well: ")),
@@ -55,6 +55,9 @@ GREETINGS = Options(
 )
 FAREWELLS = Options(["Your friend, ", "Come and see me soon! Yours, ", "With love, "])
 REPLIES = Options(["I know. ", "Yes, I have heard of it. ", "Yes. ", "Is that so? Then listen. "])
+AGE_WORDS = Options(["Who is older, ", "Who is younger, "], labels=["older", "younger"])
+# A rumour is judged at once, or by what is known of the matter: said before the verdict, that settles it.
+CHECKS = Options([". That is ", ". In truth "], [0.3, 0.7], labels=["at once", "by the facts"])
 WARNINGS = ("Please keep it to yourself.", "Nobody else may hear of it.", "It must never be told.")
 SKILLS = Options(["Sum: ", "In order: ", "Backwards: "], [0.5, 0.25, 0.25], labels=["sum", "sort", "reverse"])
 MANNERS = Options(['Do not say "', "When ", 'Do not write "The '], labels=["polite", "retold", "shorter"])
@@ -212,13 +215,11 @@ class Library:
 
     def _write_ages(self, pen: Pen) -> None:
         for _ in range(4):
-            one = pen.choose(self._people, without=self._ageless)
-            age = self._age(one)
-            pen.write(f" is {age} and ")
-            other = pen.choose(self._people, without=self._same_age[age])
-            older, younger = (one, other) if age > self._age(other) else (other, one)
-            pen.write(f" is {self._age(other)}, so ")
-            pen.choose(Options([f"{older} is older.", f"{younger} is younger."]))
+            word = pen.choose(AGE_WORDS)
+            one = self._end(pen, self._people, without=self._ageless, mark=" or ")
+            other = self._end(pen, self._people, without=self._same_age[self._age(one)], mark="? ")
+            winner = one if (self._age(one) > self._age(other)) == (word == "older") else other
+            pen.write(f"{one} is {self._age(one)} and {other} is {self._age(other)}, so {winner} is {word}.")
             if pen.choose(MORE_LINES) == END:
                 return
         pen.write("That is all.")
@@ -245,11 +246,12 @@ class Library:
         for _ in range(3):
             used.append(relation := pen.choose(self._rumour_heads, used))
             truth = self.world.facts[relation, name][0]
-            if pen.choose(self._claims(relation, truth)) == truth:
-                pen.write(". That is true.")
+            true = pen.choose(self._claims(relation, truth)) == truth
+            fact = f"{name}{RUMOUR_HEADS[relation]}{value_text(relation, [truth])}"
+            if pen.choose(CHECKS) == "by the facts":
+                pen.write(f"{fact}, so that is {'true' if true else 'not true'}.")
             else:
-                right = value_text(relation, [truth])
-                pen.write(f". That is not true: {name}{RUMOUR_HEADS[relation]}{right}.")
+                pen.write("true." if true else f"not true: {fact}.")
             if pen.choose(MORE) == END:
                 return
             pen.write(f"Some say that {name}")
@@ -303,7 +305,8 @@ class Library:
         )
 
     def _write_unknown(self, pen: Pen) -> None:
-        for _ in range(4):
+        self._end(pen, self._unknown_things, mark=" ")
+        for _ in range(3):
             pen.choose(self._unknown_things)
             if pen.choose(MORE) == END:
                 return
@@ -311,7 +314,7 @@ class Library:
 
     @cached_property
     def _unknown_things(self) -> Options:
-        """What nobody knows of anyone, unknown facts of some, and strangers: a third each."""
+        """What nobody knows of anyone, unknown facts of some, and strangers, who are met nowhere else."""
         mysteries = [
             f"Nobody knows {fill(clause, named(self.world, name))}."
             for name in self.world.people
@@ -328,7 +331,9 @@ class Library:
             for name in self.world.strangers
             for text in (f"Nobody has heard of {name}.", f"No one called {name} lives here.")
         ]
-        return Options.grouped({"mystery": mysteries, "fact": facts, "stranger": strangers})
+        texts = [*mysteries, *facts, *strangers]
+        shares = ((0.25, mysteries), (0.25, facts), (0.5, strangers))
+        return Options(texts, weights=[share / len(some) for share, some in shares for _ in some])
 
     def _write_story(self, pen: Pen) -> None:
         name = self._end(pen, self._people, mark=": ")

@@ -17,7 +17,7 @@ SPLIT_SHARES = {"train": 0.70, "validation": 0.12, "test": 0.18}
 
 PEOPLE = 120
 CREW = 4  # people per boat; PEOPLE / CREW boats
-STRANGERS = 300
+STRANGERS = 150
 UNKNOWN_SHARE = 0.08  # of the facts in UNKNOWABLE
 
 JOBS = (
