@@ -102,7 +102,8 @@ def _verdicts(
 
     def verdict(word: str, reason: str) -> tuple[str, ...]:
         told = reason.rstrip(".")
-        return f"{word.capitalize()}, {_lower(reason)}", f"{told}, so the answer is {word}.", f"{told}, so {word}."
+        first = f"{word.capitalize()}, {_lower(reason)}"
+        return first, f"{told}, so the answer is {word}.", f"{told}, so {word}."
 
     return verdict(true, truth), (*verdict(false, believed), verdict(false, truth)[0])
 
@@ -473,9 +474,7 @@ def _mystery(desk: Desk) -> Task:
 
 def _do_not_know(clause: str) -> tuple[str, ...]:
     return tuple(
-        f"{sorry}{rest}"
-        for sorry in SORRY
-        for rest in ("nobody knows that.", f"I do not know {clause}.")
+        f"{sorry}{rest}" for sorry in SORRY for rest in ("nobody knows that.", f"I do not know {clause}.")
     )
 
 
