@@ -7,14 +7,15 @@
     dataset_name: lab/prompts
     output_dir: runs/lab/compare
 
-The output folder holds `verdict.json`, the samples (`samples/*.jsonl`) and every score of every sample
-(`scores.csv`).
+The output folder holds `report.html`, `verdict.json`, the samples (`samples/*.jsonl`), every score of every
+sample (`scores.csv`), the runs' traces, the manifest, and the plots as PNGs.
 """
 
 import csv
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,23 @@ import numpy as np
 
 from trueup.base.data import DataArguments, data_fingerprint, data_parents, load_data
 from trueup.base.stage import key
+from trueup.eval.compare_frontier import matched, traces
+from trueup.eval.compare_lineage import Findings, examine
+from trueup.eval.compare_manifest import manifest
 from trueup.eval.compare_samples import BASELINE, SAMPLES, Answers, Arm, Bench, Measures, measures, write_rows
+from trueup.eval.compare_tax import bits_per_byte, lm_eval_results, tax
 from trueup.eval.compare_verdict import conclude, print_verdict
 from trueup.eval.loading import load_policy
+from trueup.eval.report import MANIFEST, PROMPTS, REPORT, SCORES, TRACES, write_report
 from trueup.eval.sampler import SamplingSettings
 from trueup.eval.scorers import Scorer, resolve_scorer
 from trueup.eval.validation import frozen_prompts, scorer_parents
 from trueup.recipes.directory import VERDICT, Kind, ModelDirectory, write_json
-from trueup.recipes.errors import TrueupError
+from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.machine import accelerator
 from trueup.recipes.run import Run
 
 GOLD = "gold"  # the scorer that comes in parts
-SCORES = "scores.csv"
-PROMPTS = f"{SAMPLES}/prompts.jsonl"
 
 
 @dataclass
@@ -75,6 +79,11 @@ class CompareRecipe(DataArguments):
     max_prompts: int = key(840, "Test prompts, at most.")
     max_new_tokens: int = key(256, "A completion of so many tokens is cut.")
     per_device_eval_batch_size: int = key(64, "Completions sampled together: memory and speed alone.")
+    text_dataset_name: str | None = key(
+        None, "Text from before alignment (lab/text): bits per byte of its validation split."
+    )
+    max_documents: int = key(200, "Documents of that text, at most.")
+    allow_unequal: bool = key(False, "Compare arms of unequal lineage all the same, and label the verdicts.")
     use_cpu: bool = key(False, "Stay on the CPU though there is an accelerator.")
     seed: int = key(0, "Of the sampling; repetition k takes seed + k.")
 
@@ -110,20 +119,25 @@ class CompareRecipe(DataArguments):
         return {**found, **scorer_parents(self.scorers), **data_parents(self)}
 
     def data(self) -> list[dict[str, Any]]:
-        """The fingerprint of the test prompts."""
-        return [data_fingerprint(self, "test")]
+        """The fingerprint of the test prompts, and of the text."""
+        text = [data_fingerprint(self._text(), "validation")] if self.text_dataset_name else []
+        return [data_fingerprint(self, "test"), *text]
 
     def run(self, run: Run) -> None:
-        """Sample, score, conclude, and write the folder."""
-        bench = self._bench(run)
+        """Examine the lineage, sample, score, conclude, and write the folder.
+
+        Raises:
+            UsageError: the arms are not equal, and that is not allowed.
+        """
         arms = self._arms(run)
-        scorers = self._open(self.scorers)
+        findings = self._examine(run, arms)
+        bench, scorers = self._bench(run), self._open(self.scorers)
         answers, tables = self._measure(bench, arms, scorers, run)
-        verdict = conclude(arms, answers, tables, [scorer.name for scorer in scorers], bench.prompts) | {
-            "data": run.data,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-        }
+        verdict = conclude(arms, answers, tables, [one.name for one in scorers], bench.prompts, findings)
+        verdict |= {"data": run.data, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        verdict["tax"] = self._tax(bench, arms)
+        spread = float(np.nanstd(tables[BASELINE][f"scorers/{scorers[0].name}"]))
+        found = [one for arm in arms if not arm.best_of for one in self._traces(arm, scorers[0], spread)]
         print_verdict(verdict)
 
         def save(folder: Path) -> None:
@@ -133,12 +147,53 @@ class CompareRecipe(DataArguments):
             write_rows(folder / PROMPTS, bench.prompts)
             write_scores(folder / SCORES, tables)
             write_json(folder / VERDICT, verdict)
+            write_json(folder / TRACES, {"traces": found, "matched": matched(found)})
+            write_json(folder / MANIFEST, manifest(run, verdict, answers))
+            write_report(folder)
 
-        generated = sum(len(row["ids"]) for said in answers.values() for one in said for row in one.rows)
         rates = {f"{pair['a']}/{pair['b']}": pair["rate"]["estimate"] for pair in verdict["pairs"]}
-        run.publish(save, rates | {"tokens_generated": float(generated)})
+        run.publish(save, rates)
         for path in run.work_dir.glob("*.jsonl"):
             path.unlink()
+        print(f"{run.output_dir / REPORT}", flush=True)
+
+    def _examine(self, run: Run, arms: list[Arm]) -> Findings:
+        ranking = run.parents.get("scorers[0]", (self.scorers or [""])[0])
+        proxies = [one for role, one in run.parents.items() if role.startswith("reward_model_name_or_path")]
+        findings = examine(arms, ranking, proxies, run.data[0])
+        if findings.unequal and not self.allow_unequal:
+            listed = "\n  ".join(findings.unequal)
+            raise UsageError(
+                f"arms: not equal:\n  {listed}\ncompare arms of one start, the same pairs and the same "
+                "prompts; or set allow_unequal: true (--allow-unequal), and the verdicts are labelled"
+            )
+        return findings
+
+    def _traces(self, arm: Arm, ranking: Scorer, spread: float) -> list[dict[str, Any]]:
+        proxies = [Path(name).name for name in self.reward_model_name_or_path or []]
+        return traces(arm, ranking.name, proxies, spread)
+
+    def _text(self) -> DataArguments:
+        return DataArguments(dataset_name=self.text_dataset_name)
+
+    def _tax(self, bench: Bench, arms: list[Arm]) -> dict[str, Any]:
+        """Arm -> one entry per directory: bits per byte if there is a text, lm-eval's results if there are
+        any."""
+        texts = []
+        if self.text_dataset_name:
+            rows = load_data(self._text(), "validation", "text")
+            texts = [row["text"] for row in islice(rows, self.max_documents)]
+        found: dict[str, Any] = {}
+        before = lm_eval_results(bench.baseline)
+        for arm in (arm for arm in arms if not arm.best_of):
+            found[arm.name] = []
+            for one in arm.directories:
+                results = lm_eval_results(one)
+                entry: dict[str, Any] = {"lm_eval": results, "change": tax(results, before)}
+                if texts:
+                    entry["bits_per_byte"] = bits_per_byte(*bench.load(one.path), texts)
+                found[arm.name].append(entry)
+        return found
 
     def _paths(self) -> dict[str, list[str]]:
         return {name: value if isinstance(value, list) else [value] for name, value in self.arms.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trueup.eval.compare_lineage import Findings
 from trueup.eval.compare_samples import BASELINE, Answers, Arm, Measures, Row, text_figures
 from trueup.eval.compare_statistics import (
     ELO,
@@ -37,6 +38,7 @@ def conclude(
     tables: Mapping[str, Measures],
     scorers: Sequence[str],
     prompts: Sequence[Row],
+    findings: Findings,
 ) -> Json:
     """All figures of a comparison, JSON-able, without times.
 
@@ -44,17 +46,19 @@ def conclude(
         tables: arm -> measure -> (repetitions, prompts); the measures are `scorers/NAME`, `parts/NAME`,
             `proxy`, `characters`, `tokens`, `log_ratio`, `k3`.
         scorers: names; the first ranks.
+        findings: what its lineage says against a verdict, or against comparing at all.
     """
     ranking = f"scorers/{scorers[0]}"
     seeds = max(len(said) for said in answers.values())
     ratings = bradley_terry({arm.name: tables[arm.name][ranking] for arm in arms}, BASELINE)
-    pairs = [_pair(a.name, b.name, tables, ranking) for b, a in combinations(arms, 2)]
+    pairs = [_pair(a.name, b.name, tables, ranking, findings) for b, a in combinations(arms, 2)]
     return {
         "format": 1,
         "scorers": list(scorers),
         "prompts": len(prompts),
         "seeds": seeds,
         "note": size_note(seeds, len(prompts)),
+        **asdict(findings),
         "arms": [
             _arm(arm, answers[arm.name], tables, prompts)
             | {"bradley_terry": asdict(ratings[arm.name]), "elo": ELO * ratings[arm.name].estimate}
@@ -64,7 +68,8 @@ def conclude(
     }
 
 
-def _pair(a: str, b: str, tables: Mapping[str, Measures], ranking: str) -> Json:
+def _pair(a: str, b: str, tables: Mapping[str, Measures], ranking: str, findings: Findings) -> Json:
+    """Two arms; the shares, rates and parts are a's over b."""
     ours, theirs = tables[a], tables[b]
     outcome = compare(ours[ranking], theirs[ranking])
     controlled = length_controlled(ours[ranking], theirs[ranking], ours["characters"], theirs["characters"])
@@ -74,22 +79,32 @@ def _pair(a: str, b: str, tables: Mapping[str, Measures], ranking: str) -> Json:
         if name.startswith("parts/")
     }
     found = verdict(a, b, outcome)
-    ahead = parts if found.winner == a else {}
-    if found.winner == b:
-        ahead = {name: difference(theirs[f"parts/{name}"], ours[f"parts/{name}"]) for name in parts}
-    falls = {name: points(ahead[name].difference) for name in fallen_parts(ahead)}
-    told = "; ".join(f"{name} {change}" for name, change in falls.items())
+    falls: dict[str, str] = {}
+    if found.winner:
+        ours, theirs = (ours, theirs) if found.winner == a else (theirs, ours)
+        ahead = {name: difference(ours[f"parts/{name}"], theirs[f"parts/{name}"]) for name in parts}
+        falls = {name: points(ahead[name].difference) for name in fallen_parts(ahead)}
+    void = [f"{name}: {findings.void[name]}" for name in (a, b) if name in findings.void]
     return {
         "a": a,
         "b": b,
-        "winner": found.winner,
-        "text": f"{found.text}. But it is worse in: {told}" if falls else found.text,
+        "winner": None if void else found.winner,
+        "text": _in_words(a, b, found.text, falls, void, bool(findings.unequal)),
         "prompts_to_settle": found.to_settle,
         **asdict(outcome),
         "length_controlled": asdict(controlled),
         "parts": {name: asdict(part) for name, part in parts.items()},
         "worse_in": list(falls),
     }
+
+
+def _in_words(a: str, b: str, text: str, falls: Mapping[str, str], void: Sequence[str], unequal: bool) -> str:
+    if void:
+        return f"No verdict on {a} and {b}. {'; '.join(void)}"
+    if falls:
+        worse = "; ".join(f"{name} {change}" for name, change in falls.items())
+        text += f". But the winner is worse in: {worse}"
+    return f"Unequal arms: {text}" if unequal else text
 
 
 def _arm(
@@ -156,8 +171,8 @@ def print_verdict(found: Json) -> None:
     console.print()
     for pair in found["pairs"]:
         console.print(pair["text"], highlight=False, markup=False)
-    if found["note"]:
-        console.print(found["note"], style="yellow", highlight=False, markup=False)
+    for note in [*found["unequal"], *found["unknown"], *([found["note"]] if found["note"] else [])]:
+        console.print(note, style="yellow", highlight=False, markup=False)
     table = Table("pair", "win rate", "win", "tie", "loss", "equal length", "by seed", box=None)
     for pair in found["pairs"]:
         shares = [f"{pair[name]:.1%}" for name in ("wins", "ties", "losses")]
