@@ -11,6 +11,7 @@ import typer
 
 from trueup.app.bench import bench
 from trueup.app.chat import chat
+from trueup.app.exam import exam
 from trueup.app.inspect import inspect
 from trueup.app.lab import lab
 from trueup.app.lab_measure import learned, score
@@ -105,6 +106,11 @@ for _verb, (_target, _summary) in STAGES.items():
     _stage_command(_verb, _summary)
 
 app.command("chat", rich_help_panel=LOOK)(chat)
+app.command(
+    "exam",
+    rich_help_panel=LOOK,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(exam)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("merge", rich_help_panel=LOOK)(merge)
 lab.command()(score)
