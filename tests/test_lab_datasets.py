@@ -12,7 +12,7 @@ import pytest
 
 from trueup.recipes.errors import UsageError
 from trueup.recipes.lab import datasets, preferences
-from trueup.recipes.lab.gold import SUBSTANCE, TRUTH_COLUMNS, WEIGHTS, gold, gold_parts
+from trueup.recipes.lab.gold import STYLE, SUBSTANCE, TRUTH_COLUMNS, WEIGHTS, gold_parts
 from trueup.recipes.lab.preferences import expected_accuracy, label_ceiling, label_probability, pair
 from trueup.recipes.lab.world import SPLITS
 
@@ -44,6 +44,7 @@ def test_rows_are_the_same_again_and_differ_by_seed(name: str) -> None:
         ("lab/chat", "train", {"row": 3}, "'row' is no argument of lab/chat. Did you mean 'rows'?"),
         ("lab/text", "train", {"documents": 3, "megabytes": 1}, "documents and megabytes exclude"),
         ("lab/chat", "train", {"style": "rude"}, "must be 'mixed' or 'clean'"),
+        ("lab/chat", "train", {"errors": 0.5}, "errors must be at least 0 and below 0.5"),
         ("lab/chat", "train", {"rows": "many"}, "rows is 'many'; it must be of type int | None"),
         ("lab/preferences", "train", {"flip": True}, "flip is True; it must be of type float"),
         ("lab/prompts", "test", {"rows": 0}, "must be above 0"),
@@ -68,7 +69,7 @@ def test_sizes() -> None:
 
 def test_fingerprints_follow_every_argument_and_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     base = datasets.fingerprint("lab/chat", "train")
-    assert base == datasets.fingerprint("lab/chat", "train", seed=0, style="mixed")
+    assert base == datasets.fingerprint("lab/chat", "train", seed=0, errors=0.3)
     others = [
         datasets.fingerprint("lab/chat", "test"),
         datasets.fingerprint("lab/chat", "train", seed=1),
@@ -84,18 +85,27 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
     assert other.strip() == datasets.fingerprint("lab/text", "train")
 
 
-def test_sft_answers_leave_style_little_headroom() -> None:
-    rows = list(datasets.rows("lab/chat", "train", rows=2_800))
+def parts_of(rows: list[datasets.Row]) -> dict[str, list[float]]:
     columns = {name: [row[name] for row in rows] for name in TRUTH_COLUMNS}
-    parts = gold_parts(rows, [row["messages"] for row in rows], **columns)
-    lost = sum(
-        WEIGHTS[name] * (1 - sum(parts[name]) / len(rows)) for name in WEIGHTS if name not in SUBSTANCE
+    return gold_parts(rows, [row["messages"] for row in rows], **columns)
+
+
+def test_demonstrations_err_in_substance_and_hardly_in_style() -> None:
+    rows = list(datasets.rows("lab/chat", "train", rows=2_800))
+    parts = parts_of(rows)
+    lost = {name: 1 - sum(parts[name]) / len(rows) for name in WEIGHTS}
+    assert sum(WEIGHTS[name] * lost[name] for name in STYLE) < 0.01
+    faulty = [not all(parts[name][row] for name in SUBSTANCE) for row in range(len(rows))]
+    assert sum(faulty) / len(rows) == pytest.approx(datasets.ERRING_SHARE, abs=0.03)
+    faultless = list(datasets.rows("lab/chat", "train", rows=2_800, errors=0))
+    assert all(
+        sum(values) == len(faultless) for name, values in parts_of(faultless).items() if name in SUBSTANCE
     )
-    assert 0 < lost < 0.005
-    assert all(sum(parts[name]) == len(rows) for name in SUBSTANCE)
-    clean = list(datasets.rows("lab/chat", "train", rows=700, style="clean"))
-    columns = {name: [row[name] for row in clean] for name in TRUTH_COLUMNS}
-    assert gold(clean, [row["messages"] for row in clean], **columns) == pytest.approx([1.0] * len(clean))
+
+
+def test_clean_answers_without_errors_are_perfect() -> None:
+    rows = list(datasets.rows("lab/chat", "train", rows=700, errors=0, style="clean"))
+    assert all(sum(values) == len(rows) for values in parts_of(rows).values())
 
 
 def test_facts_offer_the_truth_among_rivals() -> None:

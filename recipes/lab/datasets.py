@@ -25,6 +25,9 @@ from trueup.recipes.lab.world import RELATIONS, SPLITS, World, seeded
 Row = dict[str, Any]
 
 BLEMISHED_SHARE = 0.06  # of the answers under style="mixed": little enough to leave style no headroom
+# Demonstrations err, as people do. The right answer is the commonest by far, so greedy decoding finds it and
+# sampling often does not: this is the room that alignment is measured on.
+ERRING_SHARE = 0.3
 # Where every word counts, or a constraint does, a blemish of style would make the answer wrong.
 _EXACT_CHECKS = frozenset({"order", "text", "story"})
 
@@ -48,13 +51,23 @@ def _text(
 
 
 def _chat(
-    split: str, rows: int | None = None, seed: int = 0, style: str = "mixed", world_seed: int = 0
+    split: str,
+    rows: int | None = None,
+    seed: int = 0,
+    errors: float | int = ERRING_SHARE,
+    style: str = "mixed",
+    world_seed: int = 0,
 ) -> Iterator[Row]:
-    """{messages, truth columns} for SFT; style "clean" leaves out the few answers with a blemish of style."""
-    count = rows if rows is not None else {"train": 40_000}.get(split, 1_000)
+    """{messages, truth columns} for SFT.
+
+    A share `errors` of the answers is wrong, unsafe or breaks a constraint; style "clean" leaves out the few
+    with a blemish of style.
+    """
+    count = rows if rows is not None else {"train": 50_000}.get(split, 1_000)
     for index, drawn in enumerate(itertools.islice(_tasks(split, f"chat {seed}", world_seed), count)):
         rng = seeded("answer", seed, split, index)
-        answer = rng.choice(drawn.right)
+        erring = rng.random() < errors
+        answer = rng.choice((*drawn.wrong, *drawn.broken) if erring else drawn.right)
         exact = drawn.constraints or drawn.check in _EXACT_CHECKS
         if style == "mixed" and not exact and rng.random() < BLEMISHED_SHARE:
             answer = rng.choice([*styles.BLEMISHES.values()])(answer, rng)
@@ -150,6 +163,10 @@ _RULES: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
         "documents and megabytes exclude each other",
     ),
     (lambda a: a.get("style", "mixed") not in ("mixed", "clean"), "style must be 'mixed' or 'clean'"),
+    (
+        lambda a: not 0 <= a.get("errors", 0) < 0.5,
+        "errors must be at least 0 and below 0.5: beyond, the commonest answer is a wrong one",
+    ),
     (lambda a: a.get("temperature", 1) <= 0, "temperature must be above 0"),
     (
         lambda a: not 0 <= a.get("flip", 0) <= 0.5,
@@ -173,8 +190,8 @@ def rows(name: str, split: str, **kwargs: Any) -> Iterator[Row]:
         name: one of NAMES.
         split: train, validation or test; the facts asked, and the texts, are disjoint.
         kwargs: what the data set takes: `documents` or `megabytes` (lab/text), `rows` (the others),
-            `style` (lab/chat), `temperature` and `flip` (lab/preferences), `choices` (lab/facts); `seed`
-            and `world_seed` everywhere.
+            `errors` and `style` (lab/chat), `temperature` and `flip` (lab/preferences), `choices`
+            (lab/facts); `seed` and `world_seed` everywhere.
 
     Raises:
         UsageError: for an unknown name, split or argument, naming the nearest right one. At once, not at the
