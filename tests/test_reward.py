@@ -46,7 +46,12 @@ USUAL: dict[str, Any] = {
 @pytest.fixture
 def reward(recipe: Callable[..., Any]) -> Callable[..., Any]:
     """make(rows, name, **keys): a reward recipe that starts from `base`."""
-    return lambda rows=None, name="out", **keys: recipe(rows or CHAT, name, **(USUAL | keys))
+
+    def make(rows: list[dict[str, Any]] | None = None, name: str = "out", **keys: Any) -> Any:
+        short = {} if keys.get("calibration_prompts") == 0 else {"max_new_tokens": 6}
+        return recipe(rows or CHAT, name, **(USUAL | short | keys))
+
+    return make
 
 
 def prepared(recipe: Any) -> Any:
@@ -191,7 +196,7 @@ def test_a_run_writes_a_calibrated_directory_that_repeats_exactly(reward: Any, b
     # The scores of the start model's own answers to training prompts: mean 0, deviation 1.
     tokenizer = AutoTokenizer.from_pretrained(first)
     prompts = [CHAT[place]["prompt"] for place in range(60)]
-    settings = SamplingSettings(max_new_tokens=256)
+    settings = SamplingSettings(max_new_tokens=6)
     start = AutoModelForCausalLM.from_pretrained(base)
     answers = sample(start, tokenizer, prompts, settings)
     scores = torch.tensor(
@@ -342,13 +347,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 @pytest.mark.faults
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(reward: Any) -> None:
-    """kill -9 five times, each at a random moment of the half second after a checkpoint was begun."""
+    """kill -9 three times, each at a random moment of the half second after a checkpoint was begun."""
     start = "import sys; from trueup.app.cli import main; main(['reward', '--config', sys.argv[1]])"
     keys: dict[str, Any] = {"max_steps": 600, "save_steps": 5}
     whole, broken = run(reward(name="whole", **keys)), reward(name="broken", **keys)
     command = [sys.executable, "-c", start, str(broken.source)]
     output, moments = Path(broken.values["output_dir"]), random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         before = newest_number(output)
         child = subprocess.Popen(command, start_new_session=True)
         while child.poll() is None and newest_number(output) <= before:
