@@ -17,6 +17,7 @@ from trueup.eval.statistics import (
     Interval,
     bootstrap_mean,
     crossed_interval,
+    exactly,
     outcomes,
     prompts_to_settle,
     win_rate,
@@ -73,19 +74,24 @@ class Verdict:
 # ------------------------------------------------------------------------------------------------ intervals
 
 
-def mean_interval(table: ArrayLike) -> Interval:
+def mean_interval(table: ArrayLike, share: bool = False) -> Interval:
     """The mean of a table with its 95 % interval: crossed random effects over seeds and prompts, or over
     prompts alone a bootstrap.
 
     A prompt that lacks a value (nan) in any repetition is left out.
 
+    Args:
+        share: the mean is one of zeros and ones: it lies between them, and all alike is not certainty.
+
     Raises:
         ValueError: no prompt is left.
     """
     cells = _complete(np.atleast_2d(np.asarray(table, float)))
-    if len(cells) == 1 or cells.shape[1] < 2 or (cells == cells.flat[0]).all():
-        return bootstrap_mean(cells.mean(axis=0))
-    return crossed_interval(cells)
+    if (cells == cells.flat[0]).all():
+        return bootstrap_mean(cells[0]) if share else exactly(float(cells.flat[0]))
+    alone = len(cells) == 1 or cells.shape[1] == 1
+    found = bootstrap_mean(cells.mean(axis=0)) if alone else crossed_interval(cells)
+    return Interval(found.estimate, max(found.low, 0.0), min(found.high, 1.0)) if share else found
 
 
 def _complete(cells: np.ndarray) -> np.ndarray:
@@ -93,11 +99,6 @@ def _complete(cells: np.ndarray) -> np.ndarray:
     if not kept.size:
         raise ValueError("no values: every prompt lacks a verdict")
     return kept
-
-
-def _share(interval: Interval) -> Interval:
-    """Held between 0 and 1, where a share lies."""
-    return Interval(interval.estimate, max(interval.low, 0.0), min(interval.high, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -109,7 +110,7 @@ def compare(ours: ArrayLike, theirs: ArrayLike) -> Outcome:
     cells = _complete(results)
     counted = win_rate(cells.T)
     return Outcome(
-        rate=_share(mean_interval(cells)),
+        rate=mean_interval(cells, share=True),
         wins=counted.wins,
         ties=counted.ties,
         losses=counted.losses,
@@ -150,7 +151,13 @@ def verdict(a: str, b: str, outcome: Outcome) -> Verdict:
         return Verdict(
             None, f"{text}; the seeds differ: more of them would settle it, not more prompts", None
         )
-    return Verdict(None, f"{text}; about {needed:,} prompts would settle such a difference", needed)
+    return Verdict(None, f"{text}; about {_rounded(needed):,} prompts would settle such a difference", needed)
+
+
+def _rounded(count: int) -> int:
+    """To two digits: it is an estimate from an estimate."""
+    unit = 10 ** max(len(str(count)) - 2, 0)
+    return round(count / unit) * unit
 
 
 def _mirrored(rate: Interval) -> Interval:
@@ -189,11 +196,11 @@ def length_controlled(
     spread = lengths.std()
     known = results[~np.isnan(results)]
     if spread == 0 or (known == known.flat[0]).all():  # nothing to control, or nothing to fit
-        return _share(mean_interval(results))
+        return mean_interval(results, share=True)
     design = np.stack([np.ones_like(lengths), np.tanh(lengths / spread)], axis=-1)
     coefficients, influence = _logistic(design, results)
     rate = _sigmoid(coefficients[0])
-    return _share(mean_interval(rate + rate * (1 - rate) * influence[..., 0]))
+    return mean_interval(rate + rate * (1 - rate) * influence[..., 0], share=True)
 
 
 def _logistic(design: np.ndarray, results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +274,7 @@ def size_note(seeds: int, prompts: int) -> str | None:
 
 
 def family_means(table: ArrayLike, families: Sequence[str]) -> dict[str, Interval]:
-    """The mean of a table within each family of prompts."""
+    """The mean of a table of zeros and ones within each family of prompts."""
     cells = np.atleast_2d(np.asarray(table, float))
     names = np.array(families)
-    return {name: mean_interval(cells[:, names == name]) for name in sorted(set(families))}
+    return {name: mean_interval(cells[:, names == name], share=True) for name in sorted(set(families))}

@@ -121,7 +121,9 @@ def _arm(
         ],
         "best_of": arm.best_of or None,
         "samples": [said.file for said in answers],
-        "means": {name: asdict(mean_interval(table[name])) for name in shown},
+        "means": {
+            name: asdict(mean_interval(table[name], share=name.startswith("parts/"))) for name in shown
+        },
         "by_seed": {name: np.nanmean(table[name], axis=1).tolist() for name in shown},
         "differences": {
             name: asdict(difference(table[name], base[name]).difference)

@@ -46,6 +46,7 @@ def write_report(folder: Path) -> None:
         manifest=read_json(folder / MANIFEST),
         baseline=BASELINE,
         headlines=headlines(verdict),
+        virtual=[arm["name"] for arm in verdict["arms"] if arm["best_of"]],
         matrix={(pair["a"], pair["b"]): pair for pair in verdict["pairs"]},
         plots=draw_plots(folder, verdict, traces["traces"]),
         tasks=_tasks(verdict["tax"]),

@@ -139,6 +139,8 @@ def frontier(verdict: Json, traces: Sequence[Json]) -> "Figure":
         for axes, (name, measure, title) in zip(every, panels, strict=True):
             for trace in traces:
                 _trace(axes, trace, name, style[trace["arm"]])
+            if name == "score":
+                _humps(axes, traces, style)
             for arm in verdict["arms"]:
                 _end_point(axes, arm, measure, style[arm["name"]])
             axes.set(title=title, xlabel="√KL from the baseline, √nats", ylabel="mean score")
@@ -151,13 +153,18 @@ def _trace(axes: "Axes", trace: Json, name: str, style: tuple[str, str]) -> None
     known = [point for point in trace["points"] if point[name] is not None]
     roots = [math.sqrt(max(point["kl"], 0.0)) for point in known]
     axes.plot(roots, [point[name] for point in known], marker=marker, color=colour, ms=3, lw=1, alpha=0.55)
-    hump = trace["hump"]
-    if hump and name == "score":
-        root = math.sqrt(max(hump["kl"], 0.0))
-        axes.plot([root], [hump["score"]], "o", ms=13, mfc="none", mec=colour, mew=1.6)
-        axes.annotate(
-            "hump", (root, hump["score"]), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8
-        )
+
+
+def _humps(axes: "Axes", traces: Sequence[Json], style: Style) -> None:
+    """A ring around each, and one word per arm."""
+    named = set()
+    for trace in (trace for trace in traces if trace["hump"]):
+        place = (math.sqrt(max(trace["hump"]["kl"], 0.0)), trace["hump"]["score"])
+        colour, _ = style[trace["arm"]]
+        axes.plot(*([one] for one in place), "o", ms=13, mfc="none", mec=colour, mew=1.6)
+        if trace["arm"] not in named:
+            axes.annotate("hump", place, (0, -18), textcoords="offset points", ha="center", fontsize=8)
+        named.add(trace["arm"])
 
 
 def _end_point(axes: "Axes", arm: Json, measure: str, style: tuple[str, str]) -> None:
@@ -224,5 +231,8 @@ def text(verdict: Json) -> "Figure":
             axes.set_yticks(range(len(style)), shown)
             axes.set_ylim(len(style) - 0.4, -0.6)
             axes.set_title(label, fontsize=9, fontweight="normal")
-            axes.margins(x=0.15)
+            low, high = axes.get_xlim()
+            reach = max(high - low, 0.04 * abs(low + high), 0.1) * 0.55  # what hardly differs is to look so
+            axes.set_xlim((low + high) / 2 - reach, (low + high) / 2 + reach)
+            axes.locator_params(axis="x", nbins=5)
     return figure

@@ -26,11 +26,18 @@ def scores(rng: np.random.Generator, strengths: list[float], shape: tuple[int, i
     return [strength + rng.gumbel(size=shape) for strength in strengths]
 
 
-def biased(rng: np.random.Generator, effect: float, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Two arms of equal worth, the first longer, judged by one who likes length: scores and lengths."""
+def biased(
+    rng: np.random.Generator, effect: float, shape: tuple[int, int], varied: float = 0.0
+) -> tuple[np.ndarray, ...]:
+    """Two arms of equal worth, the first longer, judged by one who likes length: scores and lengths.
+
+    Args:
+        varied: how much seeds and prompts favour an arm, either one alike.
+    """
     longer, shorter = rng.normal(60, 15, shape), rng.normal(45, 15, shape)
     gap = longer - shorter
-    chance = 1 / (1 + np.exp(-effect * np.tanh(gap / gap.std())))
+    favour = rng.normal(0, varied, (shape[0], 1)) + rng.normal(0, 3 * varied, (1, shape[1]))
+    chance = 1 / (1 + np.exp(-effect * np.tanh(gap / gap.std()) - favour))
     return (rng.random(shape) < chance).astype(float), np.full(shape, 0.5), longer, shorter
 
 
@@ -44,7 +51,7 @@ def test_a_verdict_is_a_rule() -> None:
     assert (lost.winner, lost.text) == ("dpo", found.text)
     close = verdict("a", "b", compare(np.tile([1.0] * 11 + [0.0] * 9, 5), np.full(100, 0.5)))
     assert (close.winner, close.to_settle) == (None, 783)
-    assert "about 783 prompts would settle" in close.text
+    assert "about 780 prompts would settle" in close.text
 
 
 def test_equal_arms_are_not_distinguishable() -> None:
@@ -135,6 +142,14 @@ def test_of_two_arms_the_rating_is_the_odds_of_the_win_rate() -> None:
         assert 1 / (1 + math.exp(-strength)) == pytest.approx(share, abs=3e-3)
 
 
+def test_all_alike_is_certain_of_a_quantity_and_not_of_a_share() -> None:
+    zeros = np.zeros((3, 40))
+    assert mean_interval(zeros) == Interval(0, 0, 0)
+    assert mean_interval(zeros, share=True).high > 0.05
+    nearly = np.ones((3, 40)) - np.eye(3, 40)
+    assert mean_interval(nearly, share=True).high == 1 < mean_interval(nearly).high
+
+
 def test_small_comparisons_say_so() -> None:
     assert "1 seed:" in (size_note(1, 900) or "")
     assert "200 prompts:" in (size_note(5, 200) or "")
@@ -161,22 +176,27 @@ def test_win_rates_over_seeds_cover_the_truth(seed_effect: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_length_controlled_rates_cover_the_truth(seeds: int) -> None:
+@pytest.mark.parametrize(("seeds", "varied"), [(1, 0.0), (5, 0.2)])
+def test_length_controlled_rates_cover_the_truth(seeds: int, varied: float) -> None:
     rng = np.random.default_rng(0)
-    found = [length_controlled(*biased(rng, 1.5, (seeds, 300))) for _ in range(1000)]
+    found = [length_controlled(*biased(rng, 1.5, (seeds, 300), varied)) for _ in range(1000)]
     assert 0.93 <= _share_covered(found, 0.5) <= 0.97
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_ratings_cover_the_truth(seeds: int) -> None:
+@pytest.mark.parametrize(("seeds", "varied"), [(1, 0.0), (5, 0.2)])
+def test_ratings_cover_the_truth(seeds: int, varied: float) -> None:
+    """The truth is the rating over very many seeds."""
     rng = np.random.default_rng(0)
-    found = []
-    for _ in range(1000):
-        tables = dict(zip("abc", scores(rng, [0.0, 0.3, 0.8], (seeds, 300)), strict=True))
-        found.append(bradley_terry(tables, "a")["c"])
-    assert 0.93 <= _share_covered(found, 0.8) <= 0.97
+
+    def rating(shape: tuple[int, int]) -> Interval:
+        tables = dict(zip("abc", scores(rng, [0.0, 0.3, 0.8], shape), strict=True))
+        tables["c"] = tables["c"] + rng.normal(0, varied, (shape[0], 1)) + rng.normal(0, varied, shape[1])
+        return bradley_terry(tables, "a")["c"]
+
+    truth = rating((2000, 300)).estimate
+    assert truth == pytest.approx(0.8, abs=0.05)
+    assert 0.93 <= _share_covered([rating((seeds, 300)) for _ in range(1000)], truth) <= 0.97
 
 
 @pytest.mark.slow
