@@ -185,7 +185,8 @@ def _check_kind(path: Path, kind: Kind | None, at: str) -> None:
         names = read_json(path / "config.json").get("architectures") or []
     else:
         names = ["Comparison"] if is_comparison(path) else ["DataSet"]
-    unknown = not names and kind not in ("data", "comparison")  # a model that does not say what it is may be the right one
+    # A model that does not say what it is may be the right one.
+    unknown = not names and kind in ("causal-lm", "reward")
     if kind and not unknown and not any(name.endswith(_ARCHITECTURES[kind]) for name in names):
         raise UsageError(
             f"{at}{path}: is {_kind_words(names[0]) if names else 'a model'}, and this needs "
