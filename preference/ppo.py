@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,18 @@ import torch
 from trl import ModelConfig
 
 from trueup.base import adapters
-from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
+from trueup.base.data import DataArguments, Split, data_fingerprint
 from trueup.base.stage import StageArguments, key, load_model, load_tokenizer, set_up, trainer_config
+from trueup.eval.validation import ValidationArguments
 from trueup.preference.ppo_config import PPOConfig
+from trueup.preference.rewarded import (
+    RewardArguments,
+    prompts_with_room,
+    reward_contradictions,
+    reward_parents,
+    rewards_of,
+    say_if_uncalibrated,
+)
 from trueup.recipes.directory import Kind, ModelDirectory
 from trueup.recipes.errors import TrueupError
 from trueup.recipes.run import Run, is_main_process
@@ -20,24 +29,26 @@ from trueup.recipes.run import Run, is_main_process
 if TYPE_CHECKING:
     from trueup.preference.ppo_trainer import PPOTrainer
 
+# Of a checkpoint; the rest is a model directory.
+RESUME_FILES = (
+    "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "trainer_state.json",
+    "value_model.safetensors", "ppo_state.json", "checksums.json",
+)  # fmt: skip
+
 
 @dataclass
-class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
+class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArguments, ModelConfig, PPOConfig):
     """Optimise a language model against a reward by PPO. Steps are rounds of rollout and update."""
 
-    reward_model_name_or_path: str | None = key(None, "Reward model directory that gives the reward.")
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further rewards: reward model directories, module:function, or registered names."},
-    )
-    scorers: list[str] | None = field(
-        default=None,
-        metadata={"help": "What evaluations measure besides, never trained on; the first is eval_score."},
-    )
     on_alarm: str = key(
         "warn",
         "What a guard's alarm does: warn; stop; or rollback: stop, and publish the checkpoint before it.",
         choices=["warn", "stop", "rollback"],
+    )
+    keep_checkpoints: str = key(
+        "none",
+        "Left in the work directory after publishing: none; or evaluated: the models of all evaluations.",
+        choices=["none", "evaluated"],
     )
     # By the epoch, as StageArguments has it, would be once: pass after pass over the prompts is one stream.
     eval_strategy: str = key(
@@ -65,30 +76,27 @@ class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
                 for name in ("max_steps", "num_train_epochs")
                 if name in given
             ]
-        rewards = _rewards(given)
-        if not rewards:
-            found.append(("reward_funcs", "is missing: name a reward, here or by reward_model_name_or_path"))
-        weights = given.get("reward_weights")
-        if weights is not None and len(weights) != len(rewards):
-            found.append(("reward_weights", f"has {len(weights)} weights for {len(rewards)} rewards"))
+        found += reward_contradictions(given)
         if given.get("kl_controller", "fixed") == "fixed":
             found += [
                 (name, "is read by kl_controller: adaptive alone; add that, or delete it")
                 for name in ("adaptive_kl_target", "adaptive_kl_horizon")
                 if name in given
             ]
+        best = given.get("metric_for_best_model") or ""
+        if best.removeprefix("eval_") == "score" and not given.get("scorers"):
+            found.append(("metric_for_best_model", "is the first scorer's; name scorers, such as [gold]"))
+        if given.get("keep_checkpoints") == "evaluated":
+            found += [
+                (name, "and keep_checkpoints: evaluated contradict each other; delete one")
+                for name in ("save_steps", "save_total_limit")
+                if name in given
+            ]
         return found
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model it starts from, which is its reference too, and the reward models."""
-        found = super().parents()
-        if self.reward_model_name_or_path:
-            found["reward_model_name_or_path"] = (self.reward_model_name_or_path, "reward")
-        for name in ("reward_funcs", "scorers"):
-            for place, function in enumerate(getattr(self, name) or []):
-                if Path(function).is_dir():
-                    found[f"{name}[{place}]"] = (function, "reward")
-        return found
+        return super().parents() | reward_parents(self)
 
     def data(self) -> list[dict[str, Any]]:
         """Fingerprints of the prompts, and of the held-out ones if they are sampled."""
@@ -104,12 +112,14 @@ class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
         trainer.add_callback(guard)
         start = run.parents["model_name_or_path"]
         assert_reference(trainer.policy, start)
-        _say_if_uncalibrated(trainer)
+        say_if_uncalibrated(trainer.rewards.scorers, "kl_coef")
         metrics = fit(trainer, run)
         if guard.alarms and self.on_alarm == "rollback":
             metrics["rolled_back_to"] = roll_back(trainer, guard.alarms[0].step)
         assert_reference(trainer.policy, start)
         publish(trainer, run, metrics | {"alarms": float(len(guard.alarms))})
+        if is_main_process():
+            clear_checkpoints(run.work_dir, self.keep_checkpoints == "evaluated")
 
     def trainer(self, values: dict[str, Any], work_dir: Path) -> "PPOTrainer":
         """The trainer, its prompts loaded.
@@ -123,14 +133,19 @@ class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
         from trueup.preference.ppo_trainer import PPOTrainer
 
         tokenizer, model = load_tokenizer(self), load_model(self)
+        rows = {
+            split: prompts_with_room(self, split, tokenizer, model, "response_length")
+            for split in self._splits()
+        }
+        evaluated = {"save_steps": self.eval_steps, "save_total_limit": None}
         trainer = PPOTrainer(
             model=model,
-            reward_funcs=_rewards(values),
-            args=trainer_config(PPOConfig, values, work_dir),
-            train_dataset=self._prompts("train", tokenizer, model),
-            eval_dataset=self._prompts("validation", tokenizer, model)
-            if self.eval_strategy != "no"
-            else None,
+            reward_funcs=rewards_of(values),
+            args=trainer_config(
+                PPOConfig, values, work_dir, **(evaluated if self.keep_checkpoints == "evaluated" else {})
+            ),
+            train_dataset=rows["train"],
+            eval_dataset=rows.get("validation"),
             processing_class=tokenizer,
             peft_config=adapters.lora_config(self, model),
             scorers=self.scorers or [],
@@ -141,52 +156,8 @@ class PPORecipe(StageArguments, DataArguments, ModelConfig, PPOConfig):
         return trainer
 
     def _splits(self) -> tuple[Split, ...]:
-        return ("train",) if self.eval_strategy == "no" else ("train", "validation")
-
-    def _prompts(self, split: Split, tokenizer: Any, model: Any) -> Any:
-        """The prompts of a split, without those that leave no room for a completion of full length."""
-        from datasets import IterableDataset
-
-        from trueup.eval.rendering import encode_prompt
-
-        rows = load_data(self, split, "prompt")
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
-        room = context - self.response_length
-
-        def fits(row: dict[str, Any]) -> bool:
-            return len(encode_prompt(tokenizer, row["prompt"])) <= room
-
-        if isinstance(rows, IterableDataset):
-            return rows.filter(fits)
-        kept = [place for place, row in enumerate(rows) if fits(row)]
-        if not kept:
-            raise TrueupError(
-                f"{split}: no prompt leaves room for {self.response_length} tokens in the model's context of "
-                f"{context}; lower response_length, or choose shorter prompts"
-            )
-        if len(kept) < len(rows) and is_main_process():
-            print(f"{split}: left out {len(rows) - len(kept):,} prompts of over {room:,} tokens", flush=True)
-        return rows.select(kept)
-
-
-def _rewards(values: dict[str, Any]) -> list[str]:
-    """What a recipe names as reward, in the order of reward_weights."""
-    model, functions = values.get("reward_model_name_or_path"), values.get("reward_funcs")
-    return [*([model] if model else []), *(functions or [])]
-
-
-def _say_if_uncalibrated(trainer: "PPOTrainer") -> None:
-    from trueup.eval.scorers import RewardModelScorer
-
-    for scorer in trainer.rewards.scorers:
-        if isinstance(scorer, RewardModelScorer) and is_main_process():
-            own = getattr(scorer.model.config, "reward_std", None)
-            if own is None and scorer.calibration is None:
-                print(
-                    f"{scorer.name}: not calibrated, so kl_coef stands against raw scores; its mean and "
-                    "standard deviation on samples of the start model belong in calibration.json beside it",
-                    flush=True,
-                )
+        sampled = self.eval_strategy != "no" and self.max_eval_prompts > 0
+        return ("train", "validation") if sampled else ("train",)
 
 
 # -------------------------------------------------------------------------------------- reference, saving
@@ -248,8 +219,9 @@ def publish(trainer: "PPOTrainer", run: Run, metrics: dict[str, float]) -> None:
     Raises:
         TrueupError: merging changed the model.
     """
-    from trueup.base.trainer import checkpoints, save_model
-    from trueup.preference.ppo_trace import FRONTIER, PICTURE, draw
+    from trueup.base.trainer import save_model
+    from trueup.eval.frontier import FRONTIER
+    from trueup.preference.ppo_trace import PICTURE, draw
 
     weights = trainer.gathered_weights()
     if not is_main_process():
@@ -267,5 +239,16 @@ def publish(trainer: "PPOTrainer", run: Run, metrics: dict[str, float]) -> None:
         draw(trainer.state.log_history, path / PICTURE)
 
     run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
-    for checkpoint in checkpoints(run.work_dir):
-        shutil.rmtree(checkpoint)
+
+
+def clear_checkpoints(work_dir: Path, keep_models: bool) -> None:
+    """Remove the checkpoints, or from each of them what only a resume needs: a model (or adapter) stays."""
+    from trueup.base.trainer import checkpoints
+
+    for checkpoint in checkpoints(work_dir):
+        if not keep_models:
+            shutil.rmtree(checkpoint)
+            continue
+        for pattern in RESUME_FILES:
+            for path in checkpoint.glob(pattern):
+                path.unlink()

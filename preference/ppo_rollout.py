@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trueup.eval.rendering import as_completions
 from trueup.eval.sampler import SamplingSettings, evaluating, sample
 from trueup.eval.scorers import FunctionScorer, RewardModelScorer, Scorer, resolve_scorer
+from trueup.eval.validation import same_tokens
 from trueup.preference.value import row_mask
 from trueup.recipes.errors import UsageError
 
@@ -249,11 +250,6 @@ def as_scorer(
     if isinstance(function, FunctionScorer | RewardModelScorer):
         return function
     return FunctionScorer(function, getattr(function, "__name__", type(function).__name__))
-
-
-def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give the same ids to the same text, as far as the vocabulary tells."""
-    return one is other or (one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id)
 
 
 # ------------------------------------------------------------------------------------------------ the round

@@ -1,14 +1,11 @@
-"""What a PPO run leaves to look at: `frontier.jsonl`, a picture, and the completions of each evaluation."""
+"""What a PPO run leaves to look at: `frontier.jsonl` and a picture."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trueup.eval.frontier import FRONTIER, FrontierCallback, frontier
-from trueup.eval.validation import save_table
-
-__all__ = ["FRONTIER", "PICTURE", "TraceCallback", "draw", "frontier", "save_table"]
+from trueup.eval.frontier import FrontierCallback, frontier
 
 PICTURE = "ppo.png"
 

@@ -43,6 +43,7 @@ from trueup.eval.kl import kl_of_samples
 from trueup.eval.pathologies import pathologies
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.sampler import Sample, eos_ids
+from trueup.eval.validation import frozen_prompts, save_table
 from trueup.preference.ppo_config import PPOConfig
 from trueup.preference.ppo_math import (
     KLController,
@@ -66,7 +67,7 @@ from trueup.preference.ppo_rollout import (
     mini_batches,
 )
 from trueup.preference.ppo_setup import actor_critic, checked_tokenizer, default_generator, set_rounds
-from trueup.preference.ppo_trace import TraceCallback, save_table
+from trueup.preference.ppo_trace import TraceCallback
 from trueup.preference.value import ActorCritic, ValueModel
 from trueup.recipes.directory import read_json, write_json
 from trueup.recipes.errors import UsageError
@@ -75,7 +76,6 @@ RewardFunction: TypeAlias = str | PreTrainedModel | Callable[..., Any]
 
 VALUE_MODEL = "value_model.safetensors"
 PPO_STATE = "ppo_state.json"
-EVALUATION_KEYS = 1 << 62  # random numbers that no training episode has
 
 # Mean figures of the updates, over all completion tokens of all epochs of a round.
 UPDATE_FIGURES = (
@@ -435,7 +435,10 @@ class PPOTrainer(StageTrainer):
         if isinstance(dataset, dict):
             parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{n}") for n, d in dataset.items()]
             return {name: figure for part in parts for name, figure in part.items()}
-        rows = [row for row, _ in zip(dataset, range(self.args.max_eval_prompts), strict=False)]
+        args = self.args
+        context = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+        tokenizer = self.processing_class
+        rows = frozen_prompts(dataset, args.max_eval_prompts, tokenizer, context, args.response_length)
         table = self._sampled_table(rows)
         samples = [entry.pop("sample") for entry in table]
         reference = getattr(self.reference, "policy", None)
@@ -451,7 +454,7 @@ class PPOTrainer(StageTrainer):
         known = {name: figure for name, figure in figures.items() if not math.isnan(figure)}
         metrics = {f"{metric_key_prefix}_{name}": figure for name, figure in known.items()}
         if self.is_world_process_zero():
-            save_table(table, Path(self.args.output_dir), self.state.global_step, self.args.log_completions)
+            save_table(table, Path(args.output_dir), self.state.global_step, args.log_completions)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -462,8 +465,7 @@ class PPOTrainer(StageTrainer):
         Each rank samples and scores its share, and gets the whole table.
         """
         mine = range(self.args.process_index, len(rows), self.args.world_size)
-        keys = [EVALUATION_KEYS + row for row in mine]
-        completions = self._complete([rows[row] for row in mine], keys, temperature=1.0)
+        completions = self._complete([rows[row] for row in mine], mine, temperature=1.0)
         said = {"reward": self.rewards(completions, trainer_state=self.state)[0]}
         said |= {f"scorers/{s.name}": self.rewards.score(s, completions) for s in self.scorers}
         table = [

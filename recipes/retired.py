@@ -171,6 +171,8 @@ RETIRED: dict[str, Retired] = {
     "model_adapter_name": _refused("the policy is the adapter that use_peft makes"),
     "ref_adapter_name": _refused("the reference is the adapter switched off"),
     "ds3_gather_for_generation": _dropped("weights are gathered where it is needed"),
+    "dataset_num_proc": _dropped("prompts are encoded where they are sampled from"),
+    "world_size": _dropped("the launcher says it"),
     "init_kl_coef": _renamed("kl_coef"),
     "ppo_epochs": _renamed("num_ppo_epochs"),
     "lora_task_type": _dropped("the task follows from the stage"),

@@ -25,6 +25,10 @@ STAGES: dict[str, tuple[str, str]] = {
     "kto": ("trueup.preference.kto:KTORecipe", "Learn from answers that are each good or bad (TRL)."),
     "rloo": ("trueup.preference.online:RLOORecipe", "Optimise it against a reward by RLOO (TRL; no critic)."),
     "grpo": ("trueup.preference.online:GRPORecipe", "Optimise it against a reward by GRPO (TRL; no critic)."),
+    "ppo": (
+        "trueup.preference.ppo:PPORecipe",
+        "Optimise it against a reward by PPO (trueup's own; full or LoRA).",
+    ),
     "compare": (
         "trueup.eval.compare:CompareRecipe",
         "Compare models that began as one: win rates with intervals, KL, and a verdict.",

@@ -29,7 +29,9 @@ def nothing(prompts: Any, completions: Any, **_: Any) -> list[float]:
 
 
 def prompts(times: int = 1) -> Dataset:
-    return Dataset.from_dict({"prompt": PROMPTS * times})
+    """PROMPTS, and more that are all different and end alike."""
+    more = [f"{number} {text}" for number in range(1, times) for text in PROMPTS]
+    return Dataset.from_dict({"prompt": PROMPTS + more})
 
 
 def config(folder: Path, **changes: Any) -> PPOConfig:

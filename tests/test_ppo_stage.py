@@ -14,15 +14,11 @@ from trueup.preference import ppo
 from trueup.recipes.directory import RECORD, identity, open_directory, write_json
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.reader import RecipeError, read_recipe
+from trueup.recipes.retired import RETIRED
 from trueup.recipes.run import open_run
-from trueup.recipes.stages import STAGES
+from trueup.recipes.schema import schema_of
 
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "bird", "fish", "cloud", "rain", "snow", "wind"]
-
-
-@pytest.fixture(autouse=True)
-def ppo_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "ppo", ("trueup.preference.ppo:PPORecipe", "Optimise by PPO."))
 
 
 def save(model: Any, path: Path, record: bool = False) -> Path:
@@ -150,6 +146,42 @@ def test_contradictions_are_told_with_their_lines(recipe: Any) -> None:
         recipe(reward_model_name_or_path="unset")
     with pytest.raises(UsageError, match="top_k: 50 would not sample from the policy itself"):
         recipe(top_k=50).build()
+
+
+TRL_1_12 = (
+    "learning_rate", "dataset_num_proc", "num_mini_batches", "total_episodes",
+    "local_rollout_forward_batch_size", "num_sample_generations", "response_length", "stop_token",
+    "stop_token_id", "temperature", "missing_eos_penalty", "sft_model_path", "world_size",
+    "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "mini_batch_size", "push_to_hub", "reward_model_path", "model_adapter_name", "ref_adapter_name",
+    "num_ppo_epochs", "whiten_rewards", "kl_coef", "kl_estimator", "cliprange", "vf_coef",
+    "cliprange_value", "gamma", "lam", "ds3_gather_for_generation",
+)  # fmt: skip
+
+
+def test_every_key_of_trls_last_ppo_works_or_says_what_replaced_it(recipe: Any, tmp_path: Path) -> None:
+    schema = schema_of(ppo.PPORecipe)
+    assert [name for name in TRL_1_12 if name not in schema and name not in RETIRED] == []
+    old = recipe(
+        model_name_or_path="unset", sft_model_path=str(tmp_path / "sft"), reward_model_name_or_path="unset",
+        reward_model_path=str(tmp_path / "reward"), stop_token="eos", num_sample_generations=0,
+        max_steps="unset", num_total_batches=7,
+    )  # fmt: skip
+    assert old.build().max_steps == 7
+    assert old.values["reward_model_name_or_path"] == str(tmp_path / "reward")
+    assert len(old.notes) == 5
+
+
+def test_the_models_of_all_evaluations_may_be_kept(recipe: Any, tmp_path: Path) -> None:
+    out = run(recipe(keep_checkpoints="evaluated", eval_steps=1))
+    kept = sorted(path.name for path in Path(f"{out}.work").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    last = AutoModelForCausalLM.from_pretrained(f"{out}.work/checkpoint-3").state_dict()
+    published = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(tensor, published[name]) for name, tensor in last.items())
+    size = sum(path.stat().st_size for path in Path(f"{out}.work/checkpoint-3").rglob("*"))
+    assert size < 1.2 * sum(path.stat().st_size for path in out.glob("*.*"))  # no optimizer, no value model
+    assert not list(run(recipe(output_dir=str(tmp_path / "not"))).parent.glob("not.work/checkpoint-*"))
 
 
 def test_a_recipe_may_hold_trainings_arguments_of_all_kinds(recipe: Any) -> None:
