@@ -29,7 +29,7 @@ def frontier(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "episode": line["episode"],
             }
             points.append({"step": line["step"], "split": "train", **known})
-        elif "eval_kl" in line:
+        elif "eval_kl_stderr" in line:  # some trainers of TRL log an `eval_kl` of their own
             names = [n for n in ("eval_kl", "eval_kl_stderr", "eval_reward", "eval_score") if n in line]
             names += sorted(name for name in line if name.startswith("eval_scorers/"))
             known = {name.removeprefix("eval_"): line[name] for name in names}

@@ -16,6 +16,13 @@ class KTOTrainer(OfflineTrainer, trl.KTOTrainer):
         """Such as `kto`."""
         return self.loss_type
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        for metrics in self._metrics.values():
+            if "kl" in metrics:  # the paper's z0, on wrong answers; `eval_kl` is the sampled one
+                metrics["reference_point"] = metrics.pop("kl")
+        return loss
+
     def mean_log_probs(
         self, answers: list[torch.Tensor], inputs: dict[str, torch.Tensor]
     ) -> dict[str, float]:
