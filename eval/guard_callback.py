@@ -1,5 +1,6 @@
 """The guards as a callback of Transformers' Trainer, and so of every trainer of TRL and of PPO."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,6 +30,9 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A resumed run brings its log: what a healthy start looked like is read from there again."""
+        history = self.guard.history
+        warmup = max(history.limits.warmup_steps, args.get_warmup_steps(state.max_steps))
+        history.limits = replace(history.limits, warmup_steps=warmup)
         for line in state.log_history:
             self.alarms += self.guard.observe(line, line["step"])
 

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 # Where each signal stands in the logs, by the names of TRL, of PPO and of our evaluation; any of them
@@ -50,15 +51,17 @@ class Limits:
     """When a guard speaks.
 
     Args:
-        warmup_steps: until then margins may be 0, a reward model at chance, a value model worthless.
+        warmup_steps: until then margins may be 0, a reward model at chance, a value model worthless; at least
+            the run's own warm-up of the learning rate.
         eval_pairs: how many held-out pairs a reward model's accuracy is taken on; 0: not known, some 1,000
             assumed.
         margin: a DPO margin (absolute) below this is none.
         window: evaluations that a trend is read from.
-        trend_p: how improbable the slope of a straight line through them must be (one-sided).
+        trend_p: how improbable by chance their slope, or that none goes the other way, must be.
         length_factor: growth over the first value that is running away.
         repetition: rise of the repeated share over its first value that is running away.
-        eos_factor: fall of the EOS rate, as a share of its first value, that is a collapse.
+        eos_factor, eos_fall: an EOS rate below this share of its first value, and so much below it, has
+            collapsed.
         kl: a mean KL below this (nats per sequence) is negative beyond chance.
         ratio: the mean probability ratio, or its inverse, that has exploded.
         approx_kl: the same for the approximate KL of one update (nats per token).
@@ -73,6 +76,7 @@ class Limits:
     length_factor: float = 2.0
     repetition: float = 0.2
     eos_factor: float = 0.5
+    eos_fall: float = 0.1
     kl: float = -0.05
     ratio: float = 2.0
     approx_kl: float = 0.5
@@ -122,7 +126,7 @@ class History:
         return None
 
     def trend_since(self, signal: str, step: int) -> int:
-        """1 or -1 where a straight line through the values since a step surely rises or falls, else 0."""
+        """1 or -1 where the values since a step surely rise or fall, in a line or all along, else 0."""
         for series in self.series(signal):
             recent = [point for point in series if point[0] >= step]
             if len(recent) >= self.limits.window and (sign := _trend(recent, self.limits.trend_p)):
@@ -144,6 +148,10 @@ def _trend(points: Series, p: float) -> int:
     steps, values = zip(*points, strict=True)
     if min(values) == max(values) or min(steps) == max(steps):
         return 0
+    # A straight line misses a sudden fall to the ground. Five values never rise by chance once in 120 times.
+    moves = {math.copysign(1, b - a) for a, b in pairwise(values) if a != b}
+    if len(moves) == 1 and len(set(values)) > 2 and 1 / math.factorial(len(values)) < p:
+        return int(moves.pop())
     line = stats.linregress(steps, values)
     return int(math.copysign(1, line.slope)) if line.pvalue / 2 < p else 0
 
@@ -177,10 +185,14 @@ def _length_runs_away(history: History) -> str | None:
 
 
 def _eos_collapses(history: History) -> str | None:
-    factor = history.limits.eos_factor
-    found = history.departed("eos_rate", lambda first, last: last < first * factor)
+    limits = history.limits
+
+    def collapsed(first: float, last: float) -> bool:
+        return last < first * limits.eos_factor and last < first - limits.eos_fall
+
+    found = history.departed("eos_rate", collapsed)
     if found is None:
-        clipped = history.departed("clipped", lambda first, last: 1 - last < (1 - first) * factor)
+        clipped = history.departed("clipped", lambda first, last: collapsed(1 - first, 1 - last))
         found = clipped and (1 - clipped[0], 1 - clipped[1])
     return (
         found
@@ -284,8 +296,10 @@ RULES = (
     Rule(
         "kl_negative",
         _kl_negative,
-        "completions were not sampled from the policy itself: top_k, top_p, penalty, other temperature",
-        "sample with temperature 1, top_k 0, top_p 1, no penalties; use one temperature in all log-probs",
+        "completions were not sampled from the policy as it is: top_k, top_p, penalty, other temperature, or "
+        "an engine with weights of before",
+        "sample with temperature 1, top_k 0, top_p 1, no penalties; use one temperature in all log-probs; "
+        "give an engine the new weights each round",
     ),
     Rule(
         "value_model_worthless",

@@ -74,6 +74,16 @@ def test_other_forms_of_the_same_trouble() -> None:
     assert names([{"grad_norm": math.inf}]) == ["not_finite"]
 
 
+def test_a_sudden_fall_of_the_score_is_a_fall() -> None:
+    scores = [0.36, 0.02, 0.0, 0.0, 0.0]
+    log = [{"objective/scores": 0.1 * i, "eval_score": score} for i, score in enumerate(scores)]
+    assert names(log) == ["reward_hacked"]
+
+
+def test_what_hardly_ever_ended_cannot_collapse() -> None:
+    assert names(series("eval_eos_rate", 0.03, 0.01, 0.0, 0.0)) == []
+
+
 def healthy_dpo(rng: np.random.Generator) -> Log:
     """Margins open, chosen falls a little (as it does), the validation score rises noisily."""
     noise = rng.normal(0, 1, (60, 4))
