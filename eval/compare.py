@@ -40,6 +40,7 @@ from trueup.recipes.machine import accelerator
 from trueup.recipes.run import Run
 
 GOLD = "gold"  # the scorer that comes in parts
+BEST_OF = "best-of-"
 
 
 @dataclass
@@ -92,9 +93,13 @@ class CompareRecipe(DataArguments):
         """See `trueup.recipes.stages.Stage`."""
         found = []
         counts = {}
-        for name, value in (given.get("arms") or {}).items():
+        if not given.get("arms", True):
+            found.append(("arms", "names none"))
+        for name, value in given.get("arms", {}).items():
             paths = value if isinstance(value, list) else [value]
             counts[name] = len(paths)
+            if name == BASELINE or str(name).startswith(BEST_OF):
+                found.append(("arms", f"{name}: this name belongs to an arm of our own; choose another"))
             if not paths or not all(isinstance(path, str) for path in paths):
                 found.append(("arms", f"{name}: takes a model directory, or a list of them"))
             if not str(name).replace("-", "").replace("_", "").isalnum():
@@ -214,7 +219,7 @@ class CompareRecipe(DataArguments):
             Arm(name, [run.parents[f"arms.{name}[{place}]"] for place in range(len(paths))])
             for name, paths in self._paths().items()
         ]
-        virtual = [Arm(f"best-of-{n}", [baseline], n) for n in self._best_of()]
+        virtual = [Arm(f"{BEST_OF}{n}", [baseline], n) for n in self._best_of()]
         return [Arm(BASELINE, [baseline]), *named, *virtual]
 
     def _best_of(self) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from trueup.eval.kl import log_ratios
 from trueup.eval.loading import load_policy
@@ -95,6 +96,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.load = lru_cache(maxsize=2)(self._load)
+        self.tokenizer = lru_cache(maxsize=None)(AutoTokenizer.from_pretrained)
 
     def _load(self, path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
         model, tokenizer = load_policy(path)
@@ -152,7 +154,7 @@ class Bench:
 
     def score(self, scorer: Scorer, policy: ModelDirectory, answers: Answers) -> list[float]:
         """One score per prompt."""
-        _, tokenizer = self.load(policy.path)
+        tokenizer = self.tokenizer(policy.path)
         encoded = [
             Sample(encode_prompt(tokenizer, asked["prompt"]), one.ids, one.text, one.ended)
             for asked, one in zip(self.prompts, answers.samples(), strict=True)

@@ -247,6 +247,8 @@ def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     keys = "stage: compare\noutput_dir: runs/x/y\nbaseline: a\nscorers: [gold]\ndataset_name: lab/prompts\n"
     for line, told in (
         ("arms: {a: [x, y, z], b: [x, y]}", "different numbers of seeds"),
+        ("arms: {}", "names none"),
+        ("arms: {best-of-4: x}", "choose another"),
         ("arms: {a: [x, 3]}", "takes a model directory"),
         ("arms: {a/b: x}", "a name is made of letters"),
         ("arms: {a: x}\nbest_of: [4]", "needs reward_model_name_or_path"),
