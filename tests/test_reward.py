@@ -349,7 +349,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(reward: Any) -> None:
     """kill -9 three times, each at a random moment of the half second after a checkpoint was begun."""
     start = "import sys; from trueup.app.cli import main; main(['reward', '--config', sys.argv[1]])"
-    keys: dict[str, Any] = {"max_steps": 600, "save_steps": 5}
+    keys: dict[str, Any] = {"max_steps": 300, "save_steps": 5}
     whole, broken = run(reward(name="whole", **keys)), reward(name="broken", **keys)
     command = [sys.executable, "-c", start, str(broken.source)]
     output, moments = Path(broken.values["output_dir"]), random.Random(0)
