@@ -30,8 +30,10 @@ def frontier(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             }
             points.append({"step": line["step"], "split": "train", **known})
         elif "eval_kl_stderr" in line:  # some trainers of TRL log an `eval_kl` of their own
-            names = [n for n in ("eval_kl", "eval_kl_stderr", "eval_reward", "eval_score") if n in line]
-            names += sorted(name for name in line if name.startswith("eval_scorers/"))
+            scorers = sorted(name for name in line if name.startswith("eval_scorers/"))
+            names = [
+                n for n in ("eval_kl", "eval_kl_stderr", "eval_reward", "eval_score", *scorers) if n in line
+            ]
             known = {name.removeprefix("eval_"): line[name] for name in names}
             points.append({"step": line["step"], "split": "validation", **known})
     return points

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trueup.base import GPTForCausalLM
 from trueup.base.trainer import StageTrainer
 from trueup.eval.validation import whole
 from trueup.preference.dpo_checks import (
@@ -25,8 +26,9 @@ from trueup.preference.dpo_checks import (
     check_margins,
     check_tokens,
 )
+from trueup.preference.lean_head import add_lean_head
 from trueup.preference.reward_trainer import LengthGroups
-from trueup.preference.value import disable_dropout
+from trueup.preference.value import disable_dropout, language_model
 
 MEASURED = 1000  # rows of a data set whose tokens are counted
 REFERENCE = "reference.safetensors"  # in a checkpoint, where the reference moves
@@ -116,6 +118,19 @@ class OfflineTrainer(StageTrainer):
                 disable_dropout(part)
         super().__init__(model, ref_model, **kwargs)
         disable_dropout(self.model)  # of the adapter, which TRL has made
+        if self._lean_head_applies():
+            for part in (self.model, self.ref_model):
+                if part is not None:
+                    add_lean_head(language_model(part))
+
+    def _lean_head_applies(self) -> bool:
+        args = self.args
+        return (
+            args.device.type == "cpu"
+            and not args.torch_compile
+            and not getattr(args, "use_weighting", False)  # needs a figure that this head does not have
+            and isinstance(language_model(self.model), GPTForCausalLM)
+        )
 
     @property
     def loss_name(self) -> str:

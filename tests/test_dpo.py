@@ -108,6 +108,32 @@ def test_each_loss_is_that_of_its_paper(trainer: Any, name: str) -> None:
     assert both == pytest.approx(0.5 * expected + 0.25 * paper_loss("sft", ours, theirs), rel=1e-4)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_our_head_has_trls_loss_figures_and_gradients(
+    recipe: Any, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for lean in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(OfflineTrainer, "_lean_head_applies", lambda self, lean=lean: lean)
+            trainer = prepared(recipe(use_peft=lora))
+        for parameter in trainer.model.parameters():
+            parameter.requires_grad_(True)
+        shake(trainer.model)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, first_batch(trainer))
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        found.append((loss.item(), gradients, dict(trainer._metrics["train"])))
+    (ours, our_gradients, our_figures), (theirs, their_gradients, their_figures) = found
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert our_gradients.norm() > 0.01
+    torch.testing.assert_close(our_gradients, their_gradients, atol=1e-6, rtol=1e-4)
+    assert our_figures.keys() == their_figures.keys()
+    for name, values in their_figures.items():
+        assert our_figures[name] == pytest.approx(values, abs=1e-4), name
+
+
 @pytest.mark.parametrize("name", [*dpo_checks.AT_ZERO_MARGIN])
 def test_what_is_expected_at_zero_margin_is_the_papers_value_there(name: str) -> None:
     same = [-torch.rand(n, dtype=torch.float64) for n in (3, 5, 2, 4)]
