@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from trueup.eval import statistics
 from trueup.eval.compare_statistics import (
     ELO,
     bradley_terry,
@@ -160,6 +161,12 @@ def test_small_comparisons_say_so() -> None:
 # ------------------------------------------------------------------------------- coverage, in simulation
 
 
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand intervals need not each be smooth."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+
+
 def _share_covered(found: list[Interval], truth: float) -> float:
     return float(np.mean([one.low <= truth <= one.high for one in found]))
 
@@ -176,6 +183,7 @@ def test_win_rates_over_seeds_cover_the_truth(seed_effect: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(("seeds", "varied"), [(1, 0.0), (5, 0.2)])
 def test_length_controlled_rates_cover_the_truth(seeds: int, varied: float) -> None:
     rng = np.random.default_rng(0)
@@ -184,6 +192,7 @@ def test_length_controlled_rates_cover_the_truth(seeds: int, varied: float) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(("seeds", "varied"), [(1, 0.0), (5, 0.2)])
 def test_ratings_cover_the_truth(seeds: int, varied: float) -> None:
     """The truth is the rating over very many seeds."""
@@ -200,6 +209,7 @@ def test_ratings_cover_the_truth(seeds: int, varied: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_resamples")
 def test_equal_arms_are_told_apart_in_5_of_100() -> None:
     rng = np.random.default_rng(0)
     found = [compare(*rng.integers(0, 5, (2, 1, 200))).rate.excludes(0.5) for _ in range(1000)]
