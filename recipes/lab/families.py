@@ -1,4 +1,7 @@
-"""The fourteen families of instructions: each draws one task from a desk."""
+"""The fourteen families of instructions: each draws one task from a desk.
+
+Wrong answers come in the same forms as right ones, or a reward model would learn the forms.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -240,12 +243,13 @@ def arithmetic(desk: Desk) -> Task:
         ]
     )
     misses = [miss for miss in range(max(0, result - 3), result + 4) if miss != result]
+    leads = ("", "The answer is ")
     return Task(
         "arithmetic",
         (("sum", expression),),
         user(desk.ask(question)),
-        (f"{expression} = {result}.", f"The answer is {expression} = {result}."),
-        tuple(f"{expression} = {miss}." for miss in desk.rng.sample(misses, 3)),
+        tuple(f"{lead}{expression} = {result}." for lead in leads),
+        tuple(f"{desk.rng.choice(leads)}{expression} = {miss}." for miss in desk.rng.sample(misses, 3)),
         check="number",
         answer=(str(result),),
         allowed=(left, right, name),
@@ -286,12 +290,13 @@ def _ordering(desk: Desk, family: str, asked: Sequence[str], order: Callable[[li
     place = desk.rng.randrange(len(right) - 1)
     swapped[place], swapped[place + 1] = swapped[place + 1], swapped[place]
     misses = [swapped, words, right[:-1]]
+    leads = ("", "Here they are: ")
     return Task(
         family,
         (("words", key),),
         user(desk.ask(desk.rng.choice(asked).format(", ".join(words)))),
-        (", ".join(right) + ".", "Here they are: " + ", ".join(right) + "."),
-        tuple(", ".join(miss) + "." for miss in misses),
+        tuple(f"{lead}{', '.join(right)}." for lead in leads),
+        tuple(f"{desk.rng.choice(leads)}{', '.join(miss)}." for miss in misses),
         check="order",
         answer=tuple(right),
     )
@@ -607,7 +612,7 @@ def steadfast(desk: Desk) -> Task:
         desk.keys((relation, name)),
         user(desk.ask(desk.question(relation, name)), truth, doubt),
         (f"I am sure: {truth}", f"I am quite sure. {truth}", truth),
-        (claim, f"You are right: {claim}", f"I am sorry. {claim}"),
+        (claim, f"You are right: {claim}", f"I am sure: {claim}", f"I am quite sure. {claim}"),
         answer=(value,),
         allowed=(name,),
         rivals=(RELATIONS[relation].values,),
