@@ -20,6 +20,7 @@ from trueup.base import adapters
 from trueup.base.data import data_parents
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.run import is_main_process
 
 
 def key(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -181,6 +182,28 @@ def _foreign_code(name: str) -> Iterator[None]:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"model_name_or_path: {name} cannot be loaded: {reason}") from error
+
+
+def held_length(max_length: int | None, config: Any, chosen: bool) -> int | None:
+    """max_length, held to the model's context: beyond it a model was never trained.
+
+    Args:
+        config: the model's.
+        chosen: whether the recipe names it, rather than leaving TRL's default of 1,024.
+
+    Raises:
+        UsageError: the recipe asks for more.
+    """
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None or (max_length or context + 1) <= context:
+        return max_length
+    if chosen and max_length is not None:
+        raise UsageError(
+            f"max_length: {max_length:,} is more than the model's {context:,} positions; lower it"
+        )
+    if is_main_process():
+        print(f"max_length: {context:,} (the model's context)", flush=True)
+    return context
 
 
 # ---------------------------------------------------------------- chat templates

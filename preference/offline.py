@@ -15,6 +15,7 @@ from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
 from trueup.base.stage import (
     StageArguments,
     check_template,
+    held_length,
     key,
     load_model,
     load_tokenizer,
@@ -140,7 +141,7 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         """
         tokenizer, model = load_tokenizer(self), load_model(self)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = _held_length(values["max_length"], context, chosen_length)
+        length = held_length(values["max_length"], model.config, chosen_length)
         left_out: dict[str, list[str]] = {}
         rows = {}
         for split, name in zip(self._splits(), ("train", "eval"), strict=False):
@@ -224,21 +225,6 @@ def _about_the_reference(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "precompute_ref_batch_size", "is read with precompute_ref_log_probs: true alone; delete it"
     if given.get("precompute_ref_log_probs") and given.get("dataset_streaming"):
         yield "precompute_ref_log_probs", "cannot be for a stream; delete one of the two"
-
-
-def _held_length(max_length: int | None, context: int | None, chosen: bool) -> int | None:
-    """max_length, held to the model's context: beyond it a model was never trained.
-
-    Args:
-        chosen: whether the recipe names it, rather than leaving TRL's default of 1,024.
-    """
-    if context is None or (max_length or context + 1) <= context:
-        return max_length
-    if chosen and max_length is not None:
-        raise UsageError(
-            f"max_length: {max_length:,} is more than the model's {context:,} positions; lower it"
-        )
-    return context
 
 
 def _say(*lines: Any) -> None:

@@ -17,6 +17,7 @@ from trueup.base import adapters
 from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
 from trueup.base.stage import (
     StageArguments,
+    held_length,
     key,
     load_model,
     load_tokenizer,
@@ -120,7 +121,7 @@ class RewardRecipe(StageArguments, DataArguments, ModelConfig, RewardConfig):
         model = open_with_head(self)
         _check_padding(model, tokenizer)
         adapter = adapters.lora_config(self, model, "SEQ_CLS")
-        length = self._length(origin["max_length"] != "default", model.config)
+        length = held_length(self.max_length, model.config, origin["max_length"] != "default")
         with template_errors(chain(train, validation or ()), tokenizer):
             return RewardTrainer(
                 model=model,
@@ -163,21 +164,6 @@ class RewardRecipe(StageArguments, DataArguments, ModelConfig, RewardConfig):
         except UsageError:  # it has none, and none is cut from it
             return ["validation"]
         return ["test"]
-
-    def _length(self, chosen: bool, config: Any) -> int | None:
-        """max_length, held to the model's context.
-
-        Args:
-            chosen: whether the recipe names it, rather than leaving TRL's default of 1,024.
-        """
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if context is None or (self.max_length or 0) <= context:
-            return self.max_length or context
-        if chosen:
-            raise UsageError(
-                f"max_length: {self.max_length:,} is more than the model's {context:,} positions; lower it"
-            )
-        return int(context)
 
     def _calibrate(self, trainer: "RewardTrainer", scorer: "RewardModelScorer") -> dict[str, float]:
         """Set the scores of the start model's own answers to mean 0 and deviation 1; what that took.

@@ -16,6 +16,7 @@ from trueup.base.stage import (
     StageArguments,
     TokenPreview,
     check_template,
+    held_length,
     key,
     load_model,
     load_tokenizer,
@@ -23,7 +24,6 @@ from trueup.base.stage import (
     template_errors,
     trainer_config,
 )
-from trueup.recipes.errors import UsageError
 from trueup.recipes.run import Run, is_main_process
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
 
         tokenizer = load_tokenizer(self)
         model = load_model(self)
-        length = self._length(run.recipe.origin["max_length"] != "default", model.config)
+        length = held_length(self.max_length, model.config, run.recipe.origin["max_length"] != "default")
         values = run.recipe.values | {"max_length": length}
         adapter = adapters.lora_config(self, model)
         trainer = self.trainer(values, run.work_dir, model, tokenizer, adapter)
@@ -122,7 +122,9 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         config = AutoConfig.from_pretrained(
             self.model_name_or_path, trust_remote_code=self.trust_remote_code, revision=self.model_revision
         )
-        values = values | {"max_length": self._length(origin["max_length"] != "default", config)}
+        values = values | {
+            "max_length": held_length(self.max_length, config, origin["max_length"] != "default")
+        }
         # The trainer wants a model, its preparation does not use it.
         model = GPTForCausalLM(GPTConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1))
         trainer = self.trainer(values, Path(self.output_dir), model, tokenizer)
@@ -181,22 +183,6 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         rows = load_data(self, split, self.dataset_form, reports)
         _say(*reports)
         return rows
-
-    def _length(self, chosen: bool, config: Any) -> int | None:
-        """max_length, held to the model's context: beyond it a model was never trained.
-
-        Args:
-            chosen: whether the recipe names it, rather than leaving TRL's default of 1,024.
-        """
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if context is None or (self.max_length or 0) <= context:
-            return self.max_length
-        if chosen:
-            raise UsageError(
-                f"max_length: {self.max_length:,} is more than the model's {context:,} positions; lower it"
-            )
-        _say(f"max_length: {context:,} (the model's context)")
-        return context
 
 
 def _documents(row: dict[str, Any]) -> Iterator[tuple[list[int], list[bool]]]:
