@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -119,6 +120,46 @@ def pretrain(
     ours, peer = tokens / seconds["trueup"], tokens / seconds[against]
     name = str(dtype).removeprefix("torch.")
     report(Result("pretrain", against, "tokens/s", ours, peer, ours / peer, device, name, settings), as_json)
+
+
+@bench.command()
+def ppo(
+    against: Annotated[
+        str, typer.Option(help="The peer: trl (its release 1.12.0, the last with PPO).")
+    ] = "trl",
+    rounds: Rounds = 5,
+    learning: Annotated[
+        bool, typer.Option("--learning", help="Compare what they learn, over seeds, not how fast they are.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Of --learning.")] = 5,
+    picture: Annotated[Path, typer.Option(help="Where --learning draws its curves.")] = Path(
+        "ppo-learning.png"
+    ),
+    environment: Annotated[
+        Path, typer.Option(help="Where TRL's virtual environment is made and kept.")
+    ] = Path("~/.cache/trueup/trl-1.12.0"),
+    as_json: AsJson = False,
+) -> None:
+    """Rounds of our PPO against TRL 1.12's: rollout, scoring, and 4 epochs of updates.
+
+    Both: the same model, prompts, reward model, batches and optimizer steps, on one CPU thread, in fp32 and
+    bf16; ours also with the value head on the policy's trunk, which is another algorithm.
+    """
+    if against != "trl":
+        raise UsageError("bench ppo: --against trl")
+    from trueup.app import bench_ppo, bench_ppo_learning
+
+    environment = environment.expanduser()
+    if learning:
+        figures, table = bench_ppo_learning.learning(environment, seeds, picture)
+        found = json.dumps(figures)
+    else:
+        result, table = bench_ppo.speed(environment, rounds)
+        found = json.dumps(asdict(result))
+    if as_json:
+        print(found)
+    else:
+        Console().print(table)
 
 
 def _ours(

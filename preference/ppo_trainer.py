@@ -66,7 +66,13 @@ from trueup.preference.ppo_rollout import (
     episode_keys,
     mini_batches,
 )
-from trueup.preference.ppo_setup import actor_critic, checked_tokenizer, default_generator, set_rounds
+from trueup.preference.ppo_setup import (
+    actor_critic,
+    bound_kernel_caches,
+    checked_tokenizer,
+    default_generator,
+    set_rounds,
+)
 from trueup.preference.ppo_trace import TraceCallback
 from trueup.preference.value import ActorCritic, ValueModel
 from trueup.recipes.directory import read_json, write_json
@@ -121,6 +127,7 @@ class PPOTrainer(StageTrainer):
         scorers: Sequence[RewardFunction] = (),
         generator: Generator | None = None,
     ) -> None:
+        bound_kernel_caches()
         args = args or PPOConfig(f"{Path(str(model)).name}-PPO" if isinstance(model, str) else "ppo")
         if isinstance(model, str):
             trust = {"trust_remote_code": args.trust_remote_code}
