@@ -380,6 +380,15 @@ def test_another_batch_size_cannot_be_resumed(loop: Callable[..., Pretraining]) 
         trainer._resumed({"step": 3, "tokens": 1, "rows_per_step": 8})
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a process in the background is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_twice_stops_at_once() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
