@@ -85,17 +85,12 @@ def peer_python(environment: Path) -> Path:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of policy and reward model, and how long completions are in the mean.
-
-    Args:
-        init: standard deviation of the weights.
-    """
+    """Sizes of policy and reward model, and how long completions are in the mean."""
 
     width: int
     layers: int
     vocab: int
     mean_length: float
-    init: float = 0.02
 
 
 def write_models(folder: Path, shape: Shape) -> dict[str, Any]:
@@ -108,7 +103,7 @@ def write_models(folder: Path, shape: Shape) -> dict[str, Any]:
     tokenizer = train_tokenizer(["a b c"], vocab_size=279)  # bytes alone: a prompt's length is its text's
     config: dict[str, Any] = {
         "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.layers,
-        "num_attention_heads": 4, "initializer_range": shape.init, "max_position_embeddings": 128,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
         "tie_word_embeddings": False, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip

@@ -22,17 +22,19 @@ CONTESTANTS = (
     Contestant("trueup, shared trunk", "trueup", share_trunk=True),
     Contestant("trl 1.12", "trl"),
 )
-SHAPE = Shape(width=64, layers=2, vocab=279, mean_length=12, init=0.1)
+SHAPE = Shape(width=64, layers=2, vocab=279, mean_length=12)
 ROUNDS, ROWS, LAST = 40, 64, 5
 # TRL 1.12 clips no gradient, whatever max_grad_norm says; so neither does ours here.
 SETTINGS = {
     "per_device_train_batch_size": ROWS, "num_ppo_epochs": 4, "num_mini_batches": 1,
     "total_episodes": ROUNDS * ROWS, "response_length": 24, "temperature": 1.0, "missing_eos_penalty": 1.0,
-    "learning_rate": 1e-3, "adam_epsilon": 1e-5, "max_grad_norm": 0.0, "kl_coef": 0.05,
+    "learning_rate": 2e-3, "adam_epsilon": 1e-5, "max_grad_norm": 0.0, "kl_coef": 0.05,
     "vf_coef": 0.1, "lam": 0.95,
     "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
     "seed": 0,
 }  # fmt: skip
+# A head that begins at 0, on features that only the policy has shaped, has to learn faster.
+SHARED_TRUNK = {"value_learning_rate": 2e-2, "vf_coef": 0.5}
 CURVES = {
     "score": "reward model's score",
     "kl": "KL, nats per completion",
@@ -64,9 +66,10 @@ def learning(environment: Path, seeds: int, picture: Path) -> tuple[dict[str, An
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = write_models(folder, SHAPE)
-        normalise(models)
+        teach(models)
         for one in CONTESTANTS:
             settings = one.settings({"output_dir": str(folder / "out"), **SETTINGS})
+            settings |= SHARED_TRUNK if one.share_trunk else {}
             spec = {**models, "settings": settings, "paced": False, "seeds": list(range(seeds))}
             with started(one, spec, environment, folder) as process:
                 for _ in track(range(seeds), one.name, console=Console(stderr=True)):
@@ -75,10 +78,12 @@ def learning(environment: Path, seeds: int, picture: Path) -> tuple[dict[str, An
     return _verdict(curves, seeds)
 
 
-def normalise(models: dict[str, Any]) -> None:
-    """Scale the reward model's head so that its scores of the policy's own completions vary by 1.
+def teach(models: dict[str, Any]) -> None:
+    """Give the reward model something to reward: every second byte, on average over the tokens.
 
-    TRL reads the head and not the model's forward, so that no calibration in the config would count.
+    One head of its first layer attends to all places alike and carries the marks of their tokens to where the
+    score is read. Scores of the policy's own completions come to vary by 1: in the head, for TRL reads that
+    and not the model's forward, so that no calibration in the config would count.
     """
     import torch
     from transformers import AutoTokenizer
@@ -87,10 +92,26 @@ def normalise(models: dict[str, Any]) -> None:
     from trueup.eval.sampler import SamplingSettings, sample
 
     policy = GPTForCausalLM.from_pretrained(models["policy"])
-    reward = GPTForSequenceClassification.from_pretrained(models["reward"])
     tokenizer = AutoTokenizer.from_pretrained(models["policy"])
     found = sample(policy, tokenizer, models["prompts"], SamplingSettings(max_new_tokens=24))
+    reward = GPTForSequenceClassification.from_pretrained(models["reward"])
+    embedding, attention = reward.model.embed_tokens.weight, reward.model.layers[0].attention
+    asked = sorted({token for one in found for token in one.prompt_ids})
+    mark, carried = 1, 2  # channels of the residual stream
     with torch.no_grad():
+        marks = torch.ones(len(embedding)) * embedding.std()
+        marks[::2] *= -1
+        marks[asked] = 0
+        embedding[:, mark] = marks
+        for layer in reward.model.layers:
+            layer.attention.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        attention.qkv_proj.weight.zero_()
+        first_value = 2 * attention.o_proj.in_features  # behind all queries and keys
+        attention.qkv_proj.weight[first_value, mark] = 1
+        attention.o_proj.weight[carried, 0] = 1
+        reward.score.weight.zero_()
+        reward.score.weight[0, carried] = 1
         scores = [reward(torch.tensor([one.prompt_ids + one.ids])).logits[0, 0].item() for one in found]
         reward.score.weight /= statistics.stdev(scores)
     reward.save_pretrained(models["reward"])
