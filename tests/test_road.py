@@ -15,7 +15,9 @@ from trueup.recipes.directory import identity
 
 ROOT = Path(__file__).resolve().parent.parent
 ROAD = [sys.executable, "-m", "trueup.app", "run", str(ROOT / "recipes" / "lab"), "--budget", "smoke"]
-ENDS = ("runs/lab.smoke/base", "runs/lab.smoke/sft")
+ENDS = tuple(
+    f"runs/lab.smoke/{stage}" for stage in ("base", "sft", "pairs", "reward", "dpo", "ppo", "compare")
+)
 
 
 @pytest.fixture(scope="module")
