@@ -104,20 +104,14 @@ class Chat:
     @property
     def context(self) -> int:
         """Tokens that fit the model, prompt and reply together."""
-        config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
+        return context_length(self.model, self.tokenizer)
 
     def _prompt(self) -> list[int]:
         """The conversation as tokens, without its oldest exchanges if a reply would not fit any more."""
-        while True:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-            wanted = min(self.settings.max_tokens, self.context // 4)
-            first = 1 if self.messages[0]["role"] == "system" else 0
-            if len(ids) + wanted <= self.context or len(self.messages) <= first + 2:
-                return ids
-            del self.messages[first : first + 2]
+        ids, self.messages = fit_conversation(
+            self.tokenizer, self.messages, self.context, self.settings.max_tokens
+        )
+        return ids
 
     def _generate(self, ids: list[int], show: bool) -> Reply:
         import torch
@@ -145,6 +139,31 @@ class Chat:
             finish = "interrupted"
             stream.end()
         return Reply(stream.text, finish, len(stream.tokens), round(time.monotonic() - started, 3))
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """Tokens that fit a model, prompt and reply together."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+
+
+def fit_conversation(
+    tokenizer: Any, messages: list[dict[str, str]], context: int, max_tokens: int
+) -> tuple[list[int], list[dict[str, str]]]:
+    """A conversation as tokens up to where the reply begins, and the messages that are left of it.
+
+    The oldest exchanges go, the system prompt stays, until a reply of `max_tokens` fits, or of a quarter of
+    the context if that is shorter.
+    """
+    kept = list(messages)
+    first = 1 if kept[0]["role"] == "system" else 0
+    while True:
+        ids: list[int] = tokenizer.apply_chat_template(kept, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        if len(ids) + min(max_tokens, context // 4) <= context or len(kept) <= first + 2:
+            return ids, kept
+        del kept[first : first + 2]
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
