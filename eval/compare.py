@@ -15,31 +15,45 @@ import csv
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig, AutoTokenizer
 
 from trueup.base.data import DataArguments, data_fingerprint, data_parents, load_data
 from trueup.base.stage import key
 from trueup.eval.compare_frontier import matched, traces
 from trueup.eval.compare_lineage import Findings, examine
 from trueup.eval.compare_manifest import manifest
+from trueup.eval.compare_pairwise import (
+    Duels,
+    JudgedPairs,
+    PairScorer,
+    as_scores,
+    by_pairs,
+    by_scores,
+    every_pair,
+)
 from trueup.eval.compare_samples import BASELINE, SAMPLES, Answers, Arm, Bench, Measures, measures, write_rows
 from trueup.eval.compare_tax import bits_per_byte, lm_eval_results, tax
-from trueup.eval.compare_verdict import conclude, print_verdict
-from trueup.eval.loading import load_policy
+from trueup.eval.compare_verdict import SCORERS, conclude, print_verdict
+from trueup.eval.judge import JudgeScorer
+from trueup.eval.loading import local_directory
+from trueup.eval.rendering import encode_prompt
 from trueup.eval.report import MANIFEST, PROMPTS, REPORT, SCORES, TRACES, write_report
 from trueup.eval.sampler import SamplingSettings
 from trueup.eval.scorers import Scorer, resolve_scorer
-from trueup.eval.validation import frozen_prompts, scorer_parents
+from trueup.eval.validation import frozen_prompts, same_tokens, scorer_parents
 from trueup.recipes.directory import VERDICT, Kind, ModelDirectory, write_json
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.machine import accelerator
-from trueup.recipes.run import Run
+from trueup.recipes.run import Run, is_main_process
 
 GOLD = "gold"  # the scorer that comes in parts
+JUDGE = "judge"
 BEST_OF = "best-of-"
 
 
@@ -51,19 +65,26 @@ class CompareRecipe(DataArguments):
     arms: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Name -> model directory, or a list of them: the seeds of one method.",
+            "help": "Name -> model directory or Hub id (org/name, org/name@revision), or a list of them: the "
+            "seeds of one method.",
             "required": True,
         },
     )
     baseline: str | None = key(
-        None, "Model directory all arms began as: KL is measured from it.", required=True
+        None, "Model directory or Hub id all arms began as: KL is measured from it.", required=True
     )
     scorers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What ranks: the first one. Registered names, module:function, reward model directories; "
-            "none that an arm was trained on.",
+            "help": "What ranks: the first one. Registered names, module:function, reward model directories, "
+            "judge; none that an arm was trained on.",
             "required": True,
+        },
+    )
+    judge_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "For the judge: base_url of an OpenAI-compatible endpoint, model, concurrency, ..."
         },
     )
     reward_model_name_or_path: list[str] | None = field(
@@ -93,6 +114,11 @@ class CompareRecipe(DataArguments):
         """See `trueup.recipes.stages.Stage`."""
         found = []
         counts = {}
+        names = given.get("scorers") or []
+        if JUDGE in names and not {"base_url", "model"} <= set(given.get("judge_kwargs") or ()):
+            found.append(("judge_kwargs", "must name the judge's base_url and model"))
+        if "judge_kwargs" in given and JUDGE not in names:
+            found.append(("judge_kwargs", "is read with judge among scorers; add that, or delete it"))
         if not given.get("arms", True):
             found.append(("arms", "names none"))
         for name, value in given.get("arms", {}).items():
@@ -117,9 +143,12 @@ class CompareRecipe(DataArguments):
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The baseline, every arm's directories, the reward models."""
-        found: dict[str, tuple[str, Kind | None]] = {"baseline": (str(self.baseline), "causal-lm")}
+        policies = {"baseline": str(self.baseline)}
         for name, paths in self._paths().items():
-            found |= {f"arms.{name}[{place}]": (path, "causal-lm") for place, path in enumerate(paths)}
+            policies |= {f"arms.{name}[{place}]": path for place, path in enumerate(paths)}
+        found: dict[str, tuple[str, Kind | None]] = {
+            role: (local_directory(path, role), "causal-lm") for role, path in policies.items()
+        }
         found |= scorer_parents(self.reward_model_name_or_path, "reward_model_name_or_path")
         return {**found, **scorer_parents(self.scorers), **data_parents(self)}
 
@@ -134,15 +163,19 @@ class CompareRecipe(DataArguments):
         Raises:
             UsageError: the arms are not equal, and that is not allowed.
         """
+        if not is_main_process():  # under a launcher: what one process can do, several would do twice
+            return
         arms = self._arms(run)
         findings = self._examine(run, arms)
-        bench, scorers = self._bench(run), self._open(self.scorers)
-        answers, tables = self._measure(bench, arms, scorers, run)
-        verdict = conclude(arms, answers, tables, [one.name for one in scorers], bench.prompts, findings)
+        bench = self._bench(run)
+        answers, tables = self._measure(bench, arms, run)
+        duels, judges = self._duels(bench, arms, answers, tables)
+        ranking = next(name for name in tables[BASELINE] if name.startswith(SCORERS))
+        verdict = conclude(arms, answers, tables, duels, bench.prompts, findings)
         verdict |= {"data": run.data, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
-        verdict["tax"] = self._tax(bench, arms)
-        spread = float(np.nanstd(tables[BASELINE][f"scorers/{scorers[0].name}"]))
-        found = [one for arm in arms if not arm.best_of for one in self._traces(arm, scorers[0], spread)]
+        verdict |= {"judges": judges, "tax": self._tax(bench, arms)}
+        spread = float(np.nanstd(tables[BASELINE][ranking]))
+        found = [one for arm in arms if not arm.best_of for one in self._traces(arm, ranking, spread)]
         print_verdict(verdict)
 
         def save(folder: Path) -> None:
@@ -174,9 +207,9 @@ class CompareRecipe(DataArguments):
             )
         return findings
 
-    def _traces(self, arm: Arm, ranking: Scorer, spread: float) -> list[dict[str, Any]]:
+    def _traces(self, arm: Arm, ranking: str, spread: float) -> list[dict[str, Any]]:
         proxies = [Path(name).name for name in self.reward_model_name_or_path or []]
-        return traces(arm, ranking.name, proxies, spread)
+        return traces(arm, ranking.removeprefix(SCORERS), proxies, spread)
 
     def _text(self) -> DataArguments:
         return DataArguments(dataset_name=self.text_dataset_name)
@@ -226,14 +259,8 @@ class CompareRecipe(DataArguments):
         return self.best_of if self.reward_model_name_or_path else []
 
     def _bench(self, run: Run) -> Bench:
-        model, tokenizer = load_policy(run.parents["baseline"].path)
-        dataset = load_data(self, "test", "prompt")
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        prompts = frozen_prompts(dataset, self.max_prompts, tokenizer, context, self.max_new_tokens)
-        if not prompts:
-            raise TrueupError("test: no prompt leaves room for a completion in the baseline's context")
         return Bench(
-            prompts=prompts,
+            prompts=self._prompts(run),
             baseline=run.parents["baseline"],
             settings=SamplingSettings(
                 max_new_tokens=self.max_new_tokens,
@@ -245,10 +272,27 @@ class CompareRecipe(DataArguments):
             device=self._device(),
         )
 
+    def _prompts(self, run: Run) -> list[dict[str, Any]]:
+        """Test prompts that leave every arm room for a completion."""
+        dataset = load_data(self, "test", "prompt")
+        tokenizer, context = _reader(run.parents["baseline"].path)
+        for one in {model.path for role, model in run.parents.items() if role.startswith("arms.")}:
+            other, its_context = _reader(one)
+            alike = same_tokens(other, tokenizer) and other.chat_template == tokenizer.chat_template
+            if not alike or its_context != context:
+                dataset = dataset.filter(
+                    partial(_fits, other, (its_context or 1 << 31) - self.max_new_tokens)
+                )
+        found = frozen_prompts(dataset, self.max_prompts, tokenizer, context, self.max_new_tokens)
+        if not found:
+            raise TrueupError("test: no prompt leaves every arm room for a completion in its context")
+        return found
+
     def _measure(
-        self, bench: Bench, arms: list[Arm], scorers: list[Scorer], run: Run
+        self, bench: Bench, arms: list[Arm], run: Run
     ) -> tuple[dict[str, list[Answers]], dict[str, Measures]]:
         """All answers, and arm -> measure -> table (repetitions, prompts)."""
+        scorers = self._open([name for name in self.scorers or [] if name != JUDGE])
         proxies = self._open(self.reward_model_name_or_path)
         repetitions = max([len(proxies), *(len(arm.directories) for arm in arms)])
         answers: dict[str, list[Answers]] = {}
@@ -268,16 +312,52 @@ class CompareRecipe(DataArguments):
             tables[arm.name] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         return answers, tables
 
+    def _duels(
+        self,
+        bench: Bench,
+        arms: list[Arm],
+        answers: dict[str, list[Answers]],
+        tables: dict[str, Measures],
+    ) -> tuple[Duels, dict[str, dict[str, float]]]:
+        """The outcomes by what ranks; who was asked pair by pair, with an account of it.
+
+        What a judge says of an arm and the baseline joins the tables, in the order of `scorers`.
+        """
+        found, accounts = None, {}
+        for place, name in enumerate(self.scorers or []):
+            if name != JUDGE:
+                continue
+            asked: PairScorer = JudgedPairs(JudgeScorer(**(self.judge_kwargs or {}), progress=True))
+            pairs = [pair for pair in every_pair(arms) if place == 0 or BASELINE in pair]
+            duels = by_pairs(asked, bench, arms, answers, pairs)
+            for arm, scores in as_scores(duels, arms, answers).items():
+                own = {f"{SCORERS}{asked.name}": scores}
+                tables[arm] = own | tables[arm] if place == 0 else tables[arm] | own
+            found = duels if place == 0 else found
+            accounts[asked.name] = asked.account()
+        ranking = next(name for name in tables[BASELINE] if name.startswith(SCORERS))
+        return found or by_scores(arms, tables, ranking), accounts
+
     @staticmethod
     def _scored(
         bench: Bench, policy: ModelDirectory, said: Answers, scorers: list[Scorer], proxy: Scorer | None
     ) -> dict[str, list[float]]:
-        found = {f"scorers/{one.name}": bench.score(one, policy, said) for one in scorers}
+        found = {f"{SCORERS}{one.name}": bench.score(one, policy, said) for one in scorers}
         if any(one.name == GOLD for one in scorers):
             found |= {f"parts/{name}": values for name, values in bench.parts(said).items()}
         if proxy:
             found["proxy"] = bench.score(proxy, policy, said)
         return found | measures(said)
+
+
+def _fits(tokenizer: Any, room: int, row: dict[str, Any]) -> bool:
+    return len(encode_prompt(tokenizer, row["prompt"])) <= room
+
+
+def _reader(path: Path) -> tuple[Any, int | None]:
+    """A model's tokenizer and its context."""
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    return AutoTokenizer.from_pretrained(path), getattr(config, "max_position_embeddings", None)
 
 
 def write_scores(path: Path, tables: Mapping[str, Measures]) -> None:

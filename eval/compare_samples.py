@@ -26,7 +26,7 @@ from trueup.eval.pathologies import pathologies
 from trueup.eval.rendering import as_completions, encode_prompt
 from trueup.eval.sampler import Sample, SamplingSettings, sample
 from trueup.eval.scorers import Scorer
-from trueup.eval.validation import completion_scores
+from trueup.eval.validation import completion_scores, same_tokens
 from trueup.recipes.directory import ModelDirectory, atomic_file, writing
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Answers:
 
     Args:
         file: where it is kept, below the output folder.
-        rows: {"row", "completion", "ended", "ids", "log_prob"} and of a policy "log_ratio" and "k3": sums
-            over the completion's tokens, nats; of best-of-n "candidate" and "proxy".
+        rows: {"row", "completion", "ended", "ids", "log_prob"} and of a policy with the baseline's tokens
+            "log_ratio" and "k3": sums over the completion's tokens, nats; of best-of-n "candidate", "proxy".
     """
 
     file: str
@@ -111,7 +111,9 @@ class Bench:
             model, tokenizer = self.load(policy.path)
             prompts = [row["prompt"] for row in self.prompts]
             said = sample(model, tokenizer, prompts, settings, log_probs=True, progress=True)
-            reference, _ = self.load(self.baseline.path)
+            reference, its_tokenizer = self.load(self.baseline.path)
+            if not same_tokens(tokenizer, its_tokenizer):  # then there is no ratio of probabilities
+                return [_row(place, one) for place, one in enumerate(said)]
             ratios = log_ratios(model, reference, said)
             return [
                 _row(place, one) | {"log_ratio": float(r.sum()), "k3": float((np.expm1(-r) + r).sum())}
@@ -177,18 +179,22 @@ class Bench:
         return SamplingSettings(**{**vars(self.settings), **changed})
 
     def _kept(self, name: str, inputs: list[Any], make: Callable[[], list[Row]]) -> Answers:
-        """The rows under a name that tells what they depend on; made and written if they are not there."""
+        return Answers(*self.kept(name, inputs, make))
+
+    def kept(self, name: str, inputs: list[Any], make: Callable[[], list[Row]]) -> tuple[str, list[Row]]:
+        """(file below the output folder, rows), under a name that tells what they depend on; made and written
+        if they are not there."""
         asked = [row["prompt"] for row in self.prompts]
         decisive = [self.baseline.identity, asked, *inputs]
         told = json.dumps(decisive, sort_keys=True, default=_settings_as_json)
         file = f"{name}.{hashlib.sha256(told.encode()).hexdigest()[:12]}.jsonl"
         path = next((p for p in (self.folder / file, self.earlier / file) if p.exists()), None)
         if path is None:
-            print(f"{name}: {len(self.prompts):,} completions", flush=True)
+            print(f"{name}: {len(self.prompts):,} prompts", flush=True)
             path = self.folder / file
             write_rows(path, make())
         self.files.append(path)
-        return Answers(f"{SAMPLES}/{file}", read_rows(path))
+        return f"{SAMPLES}/{file}", read_rows(path)
 
 
 def _settings_as_json(settings: Any) -> dict[str, Any]:
@@ -206,7 +212,7 @@ def _row(place: int, one: Sample) -> Row:
 
 
 def measures(answers: Answers) -> dict[str, list[float]]:
-    """What needs no scorer: `characters` and `tokens`, and of a policy `log_ratio` and `k3`."""
+    """What needs no scorer: `characters` and `tokens`, and where there is a KL `log_ratio` and `k3`."""
     found = {
         "characters": [float(len(row["completion"])) for row in answers.rows],
         "tokens": [float(len(row["ids"])) for row in answers.rows],
@@ -219,7 +225,7 @@ def measures(answers: Answers) -> dict[str, list[float]]:
 def text_figures(answers: Answers) -> dict[str, float]:
     """The pathologies of one arm in one repetition; `entropy` (nats per token) where it is a policy's."""
     figures = pathologies(answers.samples())
-    if "log_ratio" in answers.rows[0]:
+    if "candidate" not in answers.rows[0]:
         tokens = sum(len(row["ids"]) for row in answers.rows)
         figures["entropy"] = -sum(row["log_prob"] for row in answers.rows) / tokens
     return figures

@@ -1,14 +1,14 @@
 """The verdict's arithmetic: tables of scores in, win rates, length control, ratings and plain words out.
 
-A table is (repetitions, prompts): one row per seed, all on the same prompts. Every interval goes one way:
-the statistic is written as a mean of one value per cell (for a fitted model: estimate + influence of the
-cell), and `mean_interval` says how sure that mean is.
+A table is (repetitions, prompts): one row per seed, all on the same prompts. `duel` makes outcomes of two
+tables of scores; a judge or people give them outright. Every interval goes one way: the statistic is written
+as a mean of one value per cell (for a fitted model: estimate + influence of the cell), and `mean_interval`
+says how sure that mean is.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -104,10 +104,19 @@ def _complete(cells: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ pairs
 
 
-def compare(ours: ArrayLike, theirs: ArrayLike) -> Outcome:
-    """The outcome of two tables of scores; one of a single row stands against every row of the other."""
-    results = _results(ours, theirs)
-    cells = _complete(results)
+def duel(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
+    """Outcomes of two tables of scores; one of a single row stands against every row of the other."""
+    return outcomes(np.atleast_2d(ours), np.atleast_2d(theirs))
+
+
+def compare(results: ArrayLike) -> Outcome:
+    """What a table of outcomes comes to.
+
+    Raises:
+        ValueError: there is no verdict on any prompt.
+    """
+    table = np.atleast_2d(results)
+    cells = _complete(table)
     counted = win_rate(cells.T)
     return Outcome(
         rate=mean_interval(cells, share=True),
@@ -115,20 +124,14 @@ def compare(ours: ArrayLike, theirs: ArrayLike) -> Outcome:
         ties=counted.ties,
         losses=counted.losses,
         prompts=cells.shape[1],
-        missing=results.shape[1] - cells.shape[1],
+        missing=table.shape[1] - cells.shape[1],
         by_seed=cells.mean(axis=1).tolist(),
     )
 
 
-def _results(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
-    """Outcomes (repetitions, prompts)."""
-    first, second = np.broadcast_arrays(np.atleast_2d(ours), np.atleast_2d(theirs))
-    return outcomes(first, second)
-
-
 def difference(ours: ArrayLike, theirs: ArrayLike) -> PartDifference:
     """The mean of ours - theirs, and how often which is the higher."""
-    counted = win_rate(_complete(_results(ours, theirs)).T)
+    counted = win_rate(_complete(duel(ours, theirs)).T)
     change = mean_interval(np.atleast_2d(ours) - np.atleast_2d(theirs))
     return PartDifference(change, counted.wins, counted.ties, counted.losses)
 
@@ -183,16 +186,17 @@ def fallen_parts(differences: Mapping[str, PartDifference]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ length
 
 
-def length_controlled(
-    ours: ArrayLike, theirs: ArrayLike, our_lengths: ArrayLike, their_lengths: ArrayLike
-) -> Interval:
+def length_controlled(results: ArrayLike, lengths: ArrayLike) -> Interval:
     """The win rate at equal length.
 
     A logistic model of the outcome on tanh(difference of lengths / its standard deviation), with that term
     set to zero (https://arxiv.org/abs/2404.04475). A tie is half a win and half a loss.
+
+    Args:
+        lengths: ours - theirs.
     """
-    results = _results(ours, theirs)
-    lengths = np.broadcast_to(np.atleast_2d(our_lengths) - np.atleast_2d(their_lengths), results.shape)
+    results = np.atleast_2d(results)
+    lengths = np.broadcast_to(np.atleast_2d(lengths), results.shape)
     spread = lengths.std()
     known = results[~np.isnan(results)]
     if spread == 0 or (known == known.flat[0]).all():  # nothing to control, or nothing to fit
@@ -238,27 +242,29 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ ratings
 
 
-def bradley_terry(tables: Mapping[str, ArrayLike], anchor: str) -> dict[str, Interval]:
+def bradley_terry(results: Mapping[tuple[str, str], ArrayLike], anchor: str) -> dict[str, Interval]:
     """Each arm's log-strength over the anchor's: P(a beats b) = sigmoid(a - b), ties half and half.
 
     Args:
-        tables: arm -> scores (repetitions, prompts), compared pair by pair within a cell.
+        results: (a, b) -> outcomes of a over b; a cell need not hold an outcome of every pair (nan).
         anchor: the arm whose strength is 0; it has no interval.
 
     Returns:
         Arm -> strength with its interval; times `ELO` these are points of Elo.
     """
-    others = [name for name in tables if name != anchor]
-    pairs = list(combinations(tables, 2))
-    shape = np.broadcast_shapes(*(np.atleast_2d(table).shape for table in tables.values()))
-    cells = {name: np.broadcast_to(np.atleast_2d(table), shape) for name, table in tables.items()}
-    results = np.stack([outcomes(cells[a], cells[b]) for a, b in pairs], axis=-1)
-    signs = np.array([[float(name == a) - float(name == b) for name in others] for a, b in pairs])
-    strengths, influence = _logistic(np.broadcast_to(signs, (*shape, *signs.shape)), results)
-    # A cell holds one outcome per pair, which belong together: its influence is that of all of them.
-    moved = influence.mean(axis=-2)
+    names = list(dict.fromkeys(name for pair in results for name in pair))
+    others = [name for name in names if name != anchor]
+    outcomes_of_pairs = np.stack(np.broadcast_arrays(*map(np.atleast_2d, results.values())), axis=-1)
+    signs = np.array([[float(name == a) - float(name == b) for name in others] for a, b in results])
+    design = np.broadcast_to(signs, (*outcomes_of_pairs.shape, len(others)))
+    strengths, influence = _logistic(design, outcomes_of_pairs)
+    # A cell's outcomes belong together: its influence is that of all of them, and of none it knows nothing.
+    known = ~np.isnan(outcomes_of_pairs)
+    cells = known.any(axis=-1)
+    moved = np.nansum(influence, axis=-2) * cells.sum() / known.sum()
+    moved[~cells] = np.nan
     found = {name: mean_interval(strengths[place] + moved[..., place]) for place, name in enumerate(others)}
-    return {name: found.get(name, Interval(0.0, 0.0, 0.0)) for name in tables}
+    return {name: found.get(name, Interval(0.0, 0.0, 0.0)) for name in names}
 
 
 def size_note(seeds: int, prompts: int) -> str | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from trueup.eval.compare_lineage import Findings
+from trueup.eval.compare_pairwise import Duels
 from trueup.eval.compare_samples import BASELINE, Answers, Arm, Measures, Row, text_figures
 from trueup.eval.compare_statistics import (
     ELO,
@@ -28,6 +28,7 @@ from trueup.eval.statistics import Interval
 
 Json = dict[str, Any]
 
+SCORERS = "scorers/"
 FAMILY = "family"  # the column that says what kind of prompt it is
 CORRECT = "parts/correct"
 
@@ -36,25 +37,25 @@ def conclude(
     arms: Sequence[Arm],
     answers: Mapping[str, Sequence[Answers]],
     tables: Mapping[str, Measures],
-    scorers: Sequence[str],
+    duels: Duels,
     prompts: Sequence[Row],
     findings: Findings,
 ) -> Json:
     """All figures of a comparison, JSON-able, without times.
 
     Args:
-        tables: arm -> measure -> (repetitions, prompts); the measures are `scorers/NAME`, `parts/NAME`,
-            `proxy`, `characters`, `tokens`, `log_ratio`, `k3`.
-        scorers: names; the first ranks.
+        tables: arm -> measure -> (repetitions, prompts); the measures are `scorers/NAME` (the first ranks),
+            `parts/NAME`, `proxy`, `characters`, `tokens`, `log_ratio`, `k3`.
+        duels: the outcomes of every pair, by what ranks.
         findings: what its lineage says against a verdict, or against comparing at all.
     """
-    ranking = f"scorers/{scorers[0]}"
+    scorers = [name.removeprefix(SCORERS) for name in tables[BASELINE] if name.startswith(SCORERS)]
     seeds = max(len(said) for said in answers.values())
-    ratings = bradley_terry({arm.name: tables[arm.name][ranking] for arm in arms}, BASELINE)
-    pairs = [_pair(a.name, b.name, tables, ranking, findings) for b, a in combinations(arms, 2)]
+    ratings = bradley_terry(duels.outcomes, BASELINE)
+    pairs = [_pair(a, b, tables, duels, findings) for a, b in duels.outcomes]
     return {
         "format": 1,
-        "scorers": list(scorers),
+        "scorers": scorers,
         "prompts": len(prompts),
         "seeds": seeds,
         "note": size_note(seeds, len(prompts)),
@@ -68,11 +69,11 @@ def conclude(
     }
 
 
-def _pair(a: str, b: str, tables: Mapping[str, Measures], ranking: str, findings: Findings) -> Json:
+def _pair(a: str, b: str, tables: Mapping[str, Measures], duels: Duels, findings: Findings) -> Json:
     """Two arms; the shares, rates and parts are a's over b."""
     ours, theirs = tables[a], tables[b]
-    outcome = compare(ours[ranking], theirs[ranking])
-    controlled = length_controlled(ours[ranking], theirs[ranking], ours["characters"], theirs["characters"])
+    outcome = compare(duels.outcomes[a, b])
+    controlled = length_controlled(duels.outcomes[a, b], duels.lengths[a, b])
     parts = {
         name.removeprefix("parts/"): difference(ours[name], theirs[name])
         for name in ours
@@ -141,9 +142,12 @@ def _arm(
 
 
 def _kl(arm: Arm, table: Measures) -> Json:
-    """KL from the baseline in nats per completion; of best-of-n the analytic bound."""
+    """KL from the baseline in nats per completion; of best-of-n the analytic bound; None where there is
+    none."""
     if arm.best_of:
         return {"per_sequence": best_of_n_kl(arm.best_of), "bound": True}
+    if "log_ratio" not in table:  # it reads and writes other tokens than the baseline
+        return {"per_sequence": None, "bound": False}
     sums, k3, tokens = table["log_ratio"], table["k3"], table["tokens"]
     interval = mean_interval(sums)
     stderr = sums.std(axis=1, ddof=1) / np.sqrt(sums.shape[1]) if sums.shape[1] > 1 else np.array([np.nan])
@@ -192,11 +196,15 @@ def _print_arms(console: Any, arms: Sequence[Json]) -> None:
     for name in (name for name in arms[0]["means"] if name != "characters"):
         cells = [_short(arm["means"][name]) for arm in arms]
         table.add_row(name.removeprefix("scorers/").removeprefix("parts/"), *cells)
-    bounds = ["≤ " * arm["kl"]["bound"] for arm in arms]
-    sums = [f"{arm['kl']['per_sequence']:.2f}" for arm in arms]
-    table.add_row("KL, nats", *(bound + kl for bound, kl in zip(bounds, sums, strict=True)))
+    table.add_row("KL, nats", *(_short_kl(arm["kl"]) for arm in arms))
     table.add_row("Elo", *(f"{arm['elo']:+.0f}" for arm in arms))
     console.print(table)
+
+
+def _short_kl(kl: Json) -> str:
+    if kl["per_sequence"] is None:
+        return "other tokens"
+    return "≤ " * kl["bound"] + f"{kl['per_sequence']:.2f}"
 
 
 def _short(interval: Json) -> str:

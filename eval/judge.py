@@ -106,6 +106,14 @@ class JudgeScorer:
 
     def compare(self, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text]) -> list[float]:
         """Outcomes of our completions against theirs, each pair in both orders."""
+        found = [one["outcome"] for one in self.judgements(prompts, ours, theirs)]
+        return [math.nan if outcome is None else outcome for outcome in found]
+
+    def judgements(
+        self, prompts: Sequence[Text], ours: Sequence[Text], theirs: Sequence[Text]
+    ) -> list[dict[str, Any]]:
+        """Per pair {"outcome": None without a verdict, "straight" and "swapped": what was said with ours as
+        reply A and as reply B, "disagreed": whether the orders did}."""
         pairs = list(zip(prompts, ours, theirs, strict=True))
         questions = [
             INSTRUCTION.format(prompt=_transcript(prompt), first=plain(first), second=plain(second))
@@ -115,17 +123,18 @@ class JudgeScorer:
         with ThreadPoolExecutor(self.concurrency) as pool:
             answers = pool.map(self._ask, questions)
             verdicts = list(track(answers, "Judging", total=len(questions), disable=not self.progress))
-        return [self._outcome(*verdicts[index : index + 2]) for index in range(0, len(verdicts), 2)]
+        return [self._judgement(*verdicts[index : index + 2]) for index in range(0, len(verdicts), 2)]
 
-    def _outcome(self, straight: Verdict | None, swapped: Verdict | None) -> float:
+    def _judgement(self, straight: Verdict | None, swapped: Verdict | None) -> dict[str, Any]:
         self.judged += 1
         self.malformed += (straight is None) + (swapped is None)
+        found = {"outcome": None, "straight": straight, "swapped": swapped, "disagreed": False}
         if straight is None or swapped is None:
-            return math.nan
+            return found
         worth = {"A": 1.0, "tie": 0.5, "B": 0.0}
         first, second = worth[straight], 1 - worth[swapped]
         self.disagreed += first != second
-        return first if first == second else 0.5
+        return found | {"outcome": first if first == second else 0.5, "disagreed": first != second}
 
     def _ask(self, question: str) -> Verdict | None:
         body = {
