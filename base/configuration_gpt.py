@@ -19,14 +19,12 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gpt.GPTForSequenceClassification",
 }
 
-# What each field may be, and of that what modeling_gpt.py implements today.
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "position": ("rope", "learned"),
-    "mlp": ("swiglu", "gelu"),
+    "mlp": ("swiglu", "gelu", "gelu_exact"),
     "init": ("gpt2", "mup"),
 }
-IMPLEMENTED = {"norm": {"rmsnorm"}, "position": {"rope"}, "mlp": {"swiglu"}, "init": {"gpt2"}}
 
 positive = interval(min=1)
 probability = interval(min=0, max=1, exclude_max=True)
@@ -43,8 +41,8 @@ else:
 class GPTConfig(PreTrainedConfig):
     """Architecture of the trueup GPT.
 
-    Two dialects share these fields: the modern one (`rope`, `rmsnorm`, `swiglu`; as Llama), and the classic
-    one (`learned`, `layernorm`, `gelu`; as GPT-2), which is not implemented yet and says so.
+    Two dialects share these fields: the modern one (`rope`, `rmsnorm`, `swiglu`; as Llama, with `qk_norm` as
+    Qwen3), and the classic one (`learned`, `layernorm`, `gelu`, `bias`; as GPT-2). Any mixture works too.
 
     Args:
         vocab_size: rows of the embedding; the tokenizer's length, special tokens included.
@@ -55,15 +53,21 @@ class GPTConfig(PreTrainedConfig):
         head_dim: width of a head; default `hidden_size / num_attention_heads`.
         intermediate_size: width of the MLP; default 8/3 (swiglu) or 4 (gelu) times `hidden_size`, rounded up
             to a multiple of 64; either gives the MLP about the same number of parameters.
-        max_position_embeddings: the context in tokens.
-        norm, norm_eps, position, rope_parameters, mlp, bias: the dialect. `rope_parameters` are Transformers'
-            own (`rope_theta`, `rope_type` default | linear | dynamic | yarn | llama3 and what these need).
+        max_position_embeddings: the context in tokens; with learned positions there are no more.
+        norm, norm_eps: `rmsnorm`, or `layernorm`, which has a bias where `bias` is set.
+        position, rope_parameters: `learned`, or `rope` with Transformers' own parameters (`rope_theta`,
+            `rope_type` default | linear | dynamic | yarn | llama3 and what these need).
+        mlp: `swiglu`; `gelu` as GPT-2 computes it, by tanh; `gelu_exact` as nanoGPT does, by erf.
+        bias: in every linear layer of the blocks.
         qk_norm: normalise queries and keys per head (https://arxiv.org/abs/2302.05442, section 2).
         attention_dropout, residual_dropout, embedding_dropout: probabilities, 0 to switch off.
         tie_word_embeddings: one matrix for `embed_tokens` and `lm_head`.
         initializer_range: standard deviation of the initial weights.
-        init: `gpt2` scales the projections onto the residual stream by 1/sqrt(2 * layers); `mup` is not
-            implemented yet.
+        init: `gpt2` scales the projections onto the residual stream by 1/sqrt(2 * layers). `mup` is the
+            maximal update parametrisation (https://arxiv.org/abs/2203.03466, table 8), with which a learning
+            rate found at one width holds at another: set `logit_scale` to (width it was found at) /
+            `hidden_size`, and add heads rather than widen them. The blocks' matrices then begin with
+            `initializer_range` * sqrt(logit_scale), and pretraining lowers their rate by `logit_scale`.
         logit_scale: multiplies the logits; TRL's fused losses read it here.
         reward_mean, reward_std: calibration of a reward model, both or neither: the head returns
             (raw - mean) / std.
@@ -77,6 +81,20 @@ class GPTConfig(PreTrainedConfig):
     model_type = "trueup_gpt"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     _auto_class: ClassVar[str] = "AutoConfig"  # save_pretrained copies this file into the checkpoint
+    # Queries, keys and values lie in one matrix, gate and up in another: each rank multiplies its share of
+    # the rows, all gather the product, and the next matrix takes its share of that.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.attention.qkv_proj": "colwise_gather_output",
+        "layers.*.attention.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_up_proj": "colwise_gather_output",
+        "layers.*.mlp.up_proj": "colwise_gather_output",
+        "layers.*.mlp.down_proj": "rowwise_split_input",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = positive(default=4096)
     hidden_size: int = positive(default=384)
@@ -118,8 +136,10 @@ class GPTConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
-            width = 4 * self.hidden_size if self.mlp == "gelu" else 8 * self.hidden_size // 3
+            width = 8 * self.hidden_size // 3 if self.mlp == "swiglu" else 4 * self.hidden_size
             self.intermediate_size = -(-width // 64) * 64
+        if self.position == "learned":  # a pipeline would add them again at the start of every stage
+            self.base_model_pp_plan = None  # type: ignore[misc]
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
@@ -129,19 +149,19 @@ class GPTConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"{field}={value!r}: must be one of {', '.join(choices)}")
-            if value not in IMPLEMENTED[field]:
-                raise ValueError(
-                    f"{field}={value!r} is not implemented yet; use {field}={min(IMPLEMENTED[field])!r}"
-                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.head_dim % 2:
+        if self.position == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even: rotary positions turn channels in pairs"
             )
+        if self.position == "learned" and self.rope_parameters["rope_type"] != "default":
+            raise ValueError(f"rope_parameters={self.rope_parameters} mean nothing with position='learned'")
+        if self.logit_scale <= 0:
+            raise ValueError(f"logit_scale={self.logit_scale} must be above 0")
         if (self.reward_mean is None) != (self.reward_std is None):
             raise ValueError(
                 "reward_mean and reward_std calibrate a reward model together: set both or neither"

@@ -14,6 +14,6 @@ def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     heads_width = config.num_attention_heads * config.head_dim
     key_value_width = 2 * config.num_key_value_heads * config.head_dim
     attention = config.hidden_size * (heads_width + key_value_width) + heads_width * config.hidden_size
-    mlp = 3 * config.hidden_size * config.intermediate_size
+    mlp = (3 if config.mlp == "swiglu" else 2) * config.hidden_size * config.intermediate_size
     weights = config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
     return 6 * weights + 12 * config.num_hidden_layers * heads_width * seq_len

@@ -2,13 +2,14 @@
 
     tokens -> embed_tokens -> N x [norm -> attention -> +, norm -> mlp -> +] -> norm -> lm_head | score
 
+Positions enter as rotations in the attention (rope), or are added to the embeddings (learned).
+
 Shapes are written with B rows, T positions, H query heads, G key/value heads, D channels per head, K keys (T
 without a cache). This file travels to the Hub with every checkpoint: it imports torch, transformers and
 configuration_gpt.py.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -175,11 +176,17 @@ class GPTRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": GPTRMSNorm}
+class GPTLayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / std(x) * weight + bias (https://arxiv.org/abs/1607.06450), in the weights' dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def build_norm(config: GPTConfig, width: int) -> nn.Module:
-    return NORMS[config.norm](width, eps=config.norm_eps)
+    if config.norm == "layernorm":
+        return GPTLayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return GPTRMSNorm(width, eps=config.norm_eps)
 
 
 class InitLinear(nn.Linear):
@@ -190,10 +197,21 @@ class InitLinear(nn.Linear):
         self.init_std = init_std
 
 
+def hidden_std(config: GPTConfig) -> float:
+    """Spread of a block's initial weights. muP: the wider the input, the smaller, so that sums over it keep
+    their size; there logit_scale is the width that was tuned over this one."""
+    return config.initializer_range * (math.sqrt(config.logit_scale) if config.init == "mup" else 1.0)
+
+
+def inner_projection(width: int, config: GPTConfig) -> InitLinear:
+    """A projection from the residual stream into a block."""
+    return InitLinear(config.hidden_size, width, bias=config.bias, init_std=hidden_std(config))
+
+
 def residual_projection(width: int, config: GPTConfig) -> InitLinear:
     """A projection onto the residual stream, where 2 * layers of them add up: each starts smaller by the root
     of that, so that the sum begins at the scale of one (GPT-2, section 2.3)."""
-    init_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    init_std = hidden_std(config) / math.sqrt(2 * config.num_hidden_layers)
     return InitLinear(width, config.hidden_size, bias=config.bias, init_std=init_std)
 
 
@@ -211,7 +229,7 @@ class GPTAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
 
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.qkv_proj = inner_projection(sum(self.heads) * config.head_dim, config)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = residual_projection(config.num_attention_heads * config.head_dim, config)
@@ -222,7 +240,7 @@ class GPTAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         **kwargs: Any,
@@ -231,8 +249,9 @@ class GPTAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
         query, key, value = qkv.split(self.heads, dim=1)
-        query = rotate(self.q_norm(query).to(value.dtype), *rotation)
-        key = rotate(self.k_norm(key).to(value.dtype), *rotation)
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -255,7 +274,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.bias)
+        self.gate_up_proj = inner_projection(2 * config.intermediate_size, config)
         self.down_proj = residual_projection(config.intermediate_size, config)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
@@ -264,7 +283,19 @@ class SwiGLU(nn.Module):
         return self.residual_dropout(self.down_proj(F.silu(gate) * up))
 
 
-MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {"swiglu": SwiGLU}
+class GELU(nn.Module):
+    """down(gelu(up(x))) (https://arxiv.org/abs/1606.08415)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.approximate = "none" if config.mlp == "gelu_exact" else "tanh"
+        self.up_proj = inner_projection(config.intermediate_size, config)
+        self.down_proj = residual_projection(config.intermediate_size, config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        activated = F.gelu(self.up_proj(hidden_states), approximate=self.approximate)
+        return self.residual_dropout(self.down_proj(activated))
 
 
 class GPTBlock(GradientCheckpointingLayer):
@@ -275,7 +306,7 @@ class GPTBlock(GradientCheckpointingLayer):
         self.input_norm = build_norm(config, config.hidden_size)
         self.attention = GPTAttention(config, layer_idx)
         self.post_norm = build_norm(config, config.hidden_size)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, T, hidden_size) -> the same. Positional, so that re-entrant checkpointing sees that it needs a
@@ -330,8 +361,11 @@ class GPTModel(GPTPreTrainedModel):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = GPTRotaryEmbedding(config)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.rotary_emb = GPTRotaryEmbedding(config)
         self.layers = nn.ModuleList([GPTBlock(config, index) for index in range(config.num_hidden_layers)])
         self.norm = build_norm(config, config.hidden_size)
         self.gradient_checkpointing = (
@@ -377,13 +411,16 @@ class GPTModel(GPTPreTrainedModel):
             position_ids=position_ids,
         )
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            position_ids = self.default_positions(inputs_embeds, attention_mask, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        hidden_states = self.embedding_dropout(inputs_embeds)
-        rotation = self.rotary_emb(hidden_states, position_ids)
+        rotation = None
+        if self.config.position == "learned":
+            hidden_states = self.embedding_dropout(inputs_embeds + self.embed_positions(position_ids))
+        else:
+            hidden_states = self.embedding_dropout(inputs_embeds)
+            rotation = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -396,6 +433,26 @@ class GPTModel(GPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def default_positions(
+        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Positions (B or 1, T), counted on from the cache.
+
+        A rotation sees distances alone, so padding on the left moves nothing. To learned positions it would,
+        and they count attended tokens.
+
+        Raises:
+            ValueError: the row is longer than the learned positions.
+        """
+        length, context = embeddings.shape[1], self.config.max_position_embeddings
+        learned = self.config.position == "learned"
+        if learned and length > context:
+            raise ValueError(f"{length} tokens are more than the model's {context} learned positions")
+        if learned and attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return torch.arange(length, device=embeddings.device)[None] + seen
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):

@@ -37,7 +37,9 @@ class GPTArguments:
     rope_parameters: dict[str, Any] | None = field(
         default=None, metadata={"help": "Transformers' RoPE parameters (rope_theta, rope_type)."}
     )
-    mlp: Literal["swiglu", "gelu"] = _key("swiglu", "Kind of MLP.")
+    mlp: Literal["swiglu", "gelu", "gelu_exact"] = _key(
+        "swiglu", "Kind of MLP; gelu by tanh, as GPT-2, gelu_exact by erf, as nanoGPT."
+    )
     bias: bool = _key(False, "Biases in the linear layers.")
     qk_norm: bool = _key(False, "Normalise queries and keys per head.")
     attention_dropout: float = _key(0.0, "Dropout of attention weights.")
@@ -45,8 +47,12 @@ class GPTArguments:
     embedding_dropout: float = _key(0.0, "Dropout of the embeddings.")
     tie_word_embeddings: bool = _key(True, "One matrix for embedding and output.")
     initializer_range: float = _key(0.02, "Standard deviation of the initial weights.")
-    init: Literal["gpt2", "mup"] = _key("gpt2", "How the weights begin.")
-    logit_scale: float = _key(1.0, "Multiplies the logits.")
+    init: Literal["gpt2", "mup"] = _key(
+        "gpt2", "How the weights begin; mup: so that a learning rate found at one width holds at another."
+    )
+    logit_scale: float = _key(
+        1.0, "Multiplies the logits; with init: mup, (width the rate was found at) / hidden_size."
+    )
 
     def gpt_config(self, max_length: int, **special: int | None) -> "GPTConfig":
         """The model's configuration; `special` are vocab_size and the special tokens' ids.

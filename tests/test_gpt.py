@@ -19,6 +19,7 @@ from trueup.base import GPTConfig, GPTForCausalLM, GPTForSequenceClassification,
 from trueup.base.flops import flops_per_token
 
 VOCAB = 97
+CLASSIC = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
 
 
 def tiny_config(**changes: Any) -> GPTConfig:
@@ -118,16 +119,24 @@ def test_state_dict_names_are_the_contract() -> None:
     assert set(tiny(GPTForSequenceClassification).state_dict()) == trunk | {"score.weight"}
     biased = set(tiny(bias=True).state_dict()) - trunk - {"lm_head.weight"}
     assert biased == {name.replace("weight", "bias") for name in trunk if "proj" in name}
+    classic = {name.replace("gate_up_proj", "up_proj") for name in trunk}
+    classic |= {name.replace("weight", "bias") for name in classic if "embed" not in name}
+    classic |= {"model.embed_positions.weight", "lm_head.weight"}
+    assert set(tiny(**CLASSIC).state_dict()) == classic
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "layernorm"}, "norm='layernorm' is not implemented yet; use norm='rmsnorm'"),
-        ({"position": "learned"}, "position='learned' is not implemented yet"),
-        ({"mlp": "gelu"}, "mlp='gelu' is not implemented yet"),
-        ({"init": "mup"}, "init='mup' is not implemented yet"),
-        ({"mlp": "relu"}, "mlp='relu': must be one of swiglu, gelu"),
+        ({"norm": "batchnorm"}, "norm='batchnorm': must be one of rmsnorm, layernorm"),
+        ({"position": "alibi"}, "position='alibi': must be one of rope, learned"),
+        ({"mlp": "relu"}, "mlp='relu': must be one of swiglu, gelu, gelu_exact"),
+        ({"init": "xavier"}, "init='xavier': must be one of gpt2, mup"),
+        ({"logit_scale": 0.0}, "logit_scale=0.0 must be above 0"),
+        (
+            {"position": "learned", "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "mean nothing with position='learned'",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
@@ -178,8 +187,9 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries() -> None:
     assert largest(model(tokens()).logits, before) < 1e-4
 
 
-def test_flops_are_what_the_counter_counts() -> None:
-    config = tiny_config(head_dim=20, attn_implementation="eager")
+@pytest.mark.parametrize("changes", [{"head_dim": 20}, CLASSIC])
+def test_flops_are_what_the_counter_counts(changes: dict[str, Any]) -> None:
+    config = tiny_config(attn_implementation="eager", **changes)
     with torch.device("meta"):
         model = GPTForCausalLM(config).train()
         ids = torch.zeros(3, 24, dtype=torch.long)

@@ -429,7 +429,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
         ({"bf16": True, "fp16": True}, "fp16 and bf16 exclude each other"),
         ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, "lr_scheduler_kwargs has min_lr: 0.1; .* min_lr_rate"),
         ({"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size=384"),
-        ({"position": "learned"}, "position .*not implemented yet"),
+        ({"logit_scale": -1.0}, "logit_scale -1.0 must be above 0"),
         ({"max_length": 128, "max_position_embeddings": 64}, "max_position_embeddings is smaller"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
