@@ -32,6 +32,7 @@ from trueup.eval.compare_pairwise import (
     Duels,
     JudgedPairs,
     PairScorer,
+    VotedPairs,
     as_scores,
     by_pairs,
     by_scores,
@@ -53,7 +54,7 @@ from trueup.recipes.machine import accelerator
 from trueup.recipes.run import Run, is_main_process
 
 GOLD = "gold"  # the scorer that comes in parts
-JUDGE = "judge"
+JUDGE, VOTES = "judge", (".sqlite", ".db")  # what says which of two is better; the second by suffix
 BEST_OF = "best-of-"
 
 
@@ -77,7 +78,7 @@ class CompareRecipe(DataArguments):
         default=None,
         metadata={
             "help": "What ranks: the first one. Registered names, module:function, reward model directories, "
-            "judge; none that an arm was trained on.",
+            "judge, the app's votes (a .sqlite file); none that an arm was trained on.",
             "required": True,
         },
     )
@@ -153,9 +154,10 @@ class CompareRecipe(DataArguments):
         return {**found, **scorer_parents(self.scorers), **data_parents(self)}
 
     def data(self) -> list[dict[str, Any]]:
-        """The fingerprint of the test prompts, and of the text."""
+        """The fingerprints of the test prompts, of the text, and of votes."""
         text = [data_fingerprint(self._text(), "validation")] if self.text_dataset_name else []
-        return [data_fingerprint(self, "test"), *text]
+        votes = [VotedPairs(Path(name)).fingerprint() for name in self.scorers or [] if _is_votes(name)]
+        return [data_fingerprint(self, "test"), *text, *votes]
 
     def run(self, run: Run) -> None:
         """Examine the lineage, sample, score, conclude, and write the folder.
@@ -292,7 +294,7 @@ class CompareRecipe(DataArguments):
         self, bench: Bench, arms: list[Arm], run: Run
     ) -> tuple[dict[str, list[Answers]], dict[str, Measures]]:
         """All answers, and arm -> measure -> table (repetitions, prompts)."""
-        scorers = self._open([name for name in self.scorers or [] if name != JUDGE])
+        scorers = self._open([name for name in self.scorers or [] if not _asked_in_pairs(name)])
         proxies = self._open(self.reward_model_name_or_path)
         repetitions = max([len(proxies), *(len(arm.directories) for arm in arms)])
         answers: dict[str, list[Answers]] = {}
@@ -325,9 +327,9 @@ class CompareRecipe(DataArguments):
         """
         found, accounts = None, {}
         for place, name in enumerate(self.scorers or []):
-            if name != JUDGE:
+            if not _asked_in_pairs(name):
                 continue
-            asked: PairScorer = JudgedPairs(JudgeScorer(**(self.judge_kwargs or {}), progress=True))
+            asked = self._pair_scorer(name)
             pairs = [pair for pair in every_pair(arms) if place == 0 or BASELINE in pair]
             duels = by_pairs(asked, bench, arms, answers, pairs)
             for arm, scores in as_scores(duels, arms, answers).items():
@@ -337,6 +339,11 @@ class CompareRecipe(DataArguments):
             accounts[asked.name] = asked.account()
         ranking = next(name for name in tables[BASELINE] if name.startswith(SCORERS))
         return found or by_scores(arms, tables, ranking), accounts
+
+    def _pair_scorer(self, name: str) -> PairScorer:
+        if name == JUDGE:
+            return JudgedPairs(JudgeScorer(**(self.judge_kwargs or {}), progress=True))
+        return VotedPairs(Path(name))
 
     @staticmethod
     def _scored(
@@ -348,6 +355,14 @@ class CompareRecipe(DataArguments):
         if proxy:
             found["proxy"] = bench.score(proxy, policy, said)
         return found | measures(said)
+
+
+def _asked_in_pairs(name: str) -> bool:
+    return name == JUDGE or _is_votes(name)
+
+
+def _is_votes(name: str) -> bool:
+    return Path(name).suffix in VOTES
 
 
 def _fits(tokenizer: Any, room: int, row: dict[str, Any]) -> bool:

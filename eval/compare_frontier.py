@@ -38,12 +38,16 @@ def traces(arm: Arm, ranking: str, proxies: Sequence[str], spread: float) -> lis
 
 
 def _points(path: Path, model: ModelDirectory, ranking: str, proxies: Sequence[str]) -> list[Point]:
-    """{"step", "kl", "score", "proxy"} of each validation; a figure that was not measured is None."""
+    """{"step", "kl", "score", "proxy"} of each validation; a figure that was not measured is None.
+
+    Where the best checkpoint is loaded at the end it is validated once more, at the last step: not a point of
+    its own.
+    """
     scorers = model.record.get("recipe", {}).get("scorers") or []
     first_ranks = [Path(name).name for name in scorers[:1]] == [ranking]
-    found = []
+    found: list[Point] = []
     for line in read_rows(path):
-        if line["split"] != "validation":
+        if line["split"] != "validation" or any(line["step"] == point["step"] for point in found):
             continue
         score = line.get(f"scorers/{ranking}", line.get("score") if first_ranks else None)
         proxy = next(

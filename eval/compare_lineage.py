@@ -1,16 +1,19 @@
 """Whether a comparison is fair, as far as the records of its models tell.
 
-Arms must have begun as the baseline, and have learned from the same pairs and prompts; what ranks must not
-be what an arm was trained or chosen by; and the test prompts must have stayed unseen. A record tells what a
-run read, by content hash. A foreign model has none: what it learned from is then unknown, and said to be.
+Arms must have begun as the baseline, have learned from the same pairs and prompts, and be chosen among their
+checkpoints by one rule; what ranks must not be what an arm was trained or chosen by; and the test prompts
+must have stayed unseen. A record tells what a run read, by content hash. A foreign model has none: what it
+learned from is then unknown, and said to be.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trueup.eval.compare_samples import BASELINE, Arm
+from trueup.eval.compare_samples import BASELINE, Arm, read_rows
+from trueup.eval.frontier import FRONTIER
 from trueup.recipes.directory import RECORD, ModelDirectory, read_json
 from trueup.recipes.run import NEUTRAL_KEYS
 
@@ -79,6 +82,7 @@ def examine(
                 _compare_start(f"{arm.name}[{place}]", one, origins[arm.name][place], baseline, findings)
     for what in ("pairs", "prompts"):
         _compare_data(what, origins, findings)
+    _compare_choice(named, findings)
     held = _pairs_of_reward(ranking.lineage) if isinstance(ranking, ModelDirectory) else frozenset()
     for arm in arms:
         reason = _void(arm, ranking, held, proxies if arm.best_of else [], test_set)
@@ -196,6 +200,55 @@ def _compare_data(what: str, origins: Mapping[str, Sequence[Origin]], findings: 
                 break
 
 
+# ------------------------------------------------------------------------------------------------ the choice
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of a run's checkpoints was published.
+
+    Args:
+        rule: in words.
+        candidates: how many evaluated checkpoints the rule chose from; 1 where it takes the last.
+    """
+
+    rule: str
+    candidates: int
+
+    @property
+    def in_words(self) -> str:
+        """the best checkpoint by eval_score of 10"""
+        return f"{self.rule} of {self.candidates}" if self.candidates > 1 else self.rule
+
+
+def choice_of(model: ModelDirectory) -> Choice | None:
+    """How a model was chosen among its own checkpoints, by its record; None where there is none."""
+    recipe = model.record.get("recipe")
+    if not recipe:
+        return None
+    if not recipe.get("load_best_model_at_end"):
+        return Choice("the last checkpoint", 1)
+    metric = "eval_" + (recipe.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    path = model.path / FRONTIER
+    lines = read_rows(path) if path.exists() else []
+    steps = {line["step"] for line in lines if line["split"] == "validation" and line["step"] > 0}
+    # A loss is each method's own: the best by one is not chosen as the best by another.
+    own = f" of {model.record['stage']}" if metric == "eval_loss" else ""
+    return Choice(f"the best checkpoint by {metric}{own}", max(len(steps), 1))
+
+
+def _compare_choice(arms: Sequence[Arm], findings: Findings) -> None:
+    """The best of more checkpoints is the better by luck alone."""
+    known: dict[str, Choice] = {}
+    for arm in arms:
+        for place, model in enumerate(arm.directories):
+            if (choice := choice_of(model)) is not None:
+                known[f"{arm.name}[{place}]"] = choice
+    for (one, first), (other, second) in pairwise(known.items()):
+        if first != second:
+            findings.unequal.append(f"{one} is {first.in_words}, and {other} {second.in_words}")
+
+
 # ------------------------------------------------------------------------------------------------ no verdict
 
 
@@ -258,10 +311,14 @@ def _saw_test(record: Record, test_set: Record) -> str:
         if same and one.get("split") in ("train", "validation"):
             return f"it used the test prompts for {one['split']}"
     recipe = record.get("recipe", {})
-    if recipe.get("dataset_name") == test_set["name"] and "shares" not in test_set:
-        for use in ("train", "validation"):
-            if recipe.get(f"dataset_{use}_split") == "test":
-                return f"it used the test split for {use} (dataset_{use}_split: test)"
+    for use in ("train", "validation"):
+        split = recipe.get(f"dataset_{use}_split")
+        if recipe.get("dataset_name") == test_set["name"] and "shares" not in test_set and split == "test":
+            return f"it used the test split for {use} (dataset_{use}_split: test)"
+        for written in _data_parents(record):
+            read = {one["split"]: one.get("sha256") for one in _record_at(written).get("data", [])}
+            if split is not None and read.get(split) == test_set["sha256"]:
+                return f"it used pairs drawn from the test prompts for {use} (dataset_{use}_split: {split})"
     return ""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trueup.eval.compare_lineage import Findings
+from trueup.eval.compare_lineage import Findings, choice_of
 from trueup.eval.compare_pairwise import Duels
 from trueup.eval.compare_samples import BASELINE, Answers, Arm, Measures, Row, text_figures
 from trueup.eval.compare_statistics import (
@@ -51,7 +51,7 @@ def conclude(
     """
     scorers = [name.removeprefix(SCORERS) for name in tables[BASELINE] if name.startswith(SCORERS)]
     seeds = max(len(said) for said in answers.values())
-    ratings = bradley_terry(duels.outcomes, BASELINE)
+    ratings = _ratings(duels)
     pairs = [_pair(a, b, tables, duels, findings) for a, b in duels.outcomes]
     return {
         "format": 1,
@@ -62,10 +62,24 @@ def conclude(
         **asdict(findings),
         "arms": [
             _arm(arm, answers[arm.name], tables, prompts)
-            | {"bradley_terry": asdict(ratings[arm.name]), "elo": ELO * ratings[arm.name].estimate}
+            | ratings.get(arm.name, {"bradley_terry": None, "elo": None})
             for arm in arms
         ],
         "pairs": pairs,
+    }
+
+
+def _ratings(duels: Duels) -> dict[str, Json]:
+    """Arm -> strength over the baseline, of those that a chain of outcomes leads to from there."""
+    reached, known = set[str](), {BASELINE}
+    while known - reached:
+        reached |= known
+        known |= {name for pair in duels.outcomes if reached & set(pair) for name in pair}
+    results = {pair: table for pair, table in duels.outcomes.items() if pair[0] in reached}
+    found = bradley_terry(results, BASELINE) if results else {}
+    return {
+        name: {"bradley_terry": asdict(strength), "elo": ELO * strength.estimate}
+        for name, strength in found.items()
     }
 
 
@@ -112,12 +126,17 @@ def _arm(
     arm: Arm, answers: Sequence[Answers], tables: Mapping[str, Measures], prompts: Sequence[Row]
 ) -> Json:
     table, base = tables[arm.name], tables[BASELINE]
-    shown = [name for name in table if name not in ("log_ratio", "k3")]
+    shown = [n for n in table if n not in ("log_ratio", "k3") and not np.isnan(table[n]).all()]
     figures = [text_figures(said) for said in answers]
     found: Json = {
         "name": arm.name,
         "models": [
-            {"path": str(one.path), "identity": one.identity, "stage": one.record.get("stage", "foreign")}
+            {
+                "path": str(one.path),
+                "identity": one.identity,
+                "stage": one.record.get("stage", "foreign"),
+                "choice": choice.in_words if (choice := choice_of(one)) else None,
+            }
             for one in arm.directories
         ],
         "best_of": arm.best_of or None,
@@ -194,10 +213,10 @@ def _print_arms(console: Any, arms: Sequence[Json]) -> None:
 
     table = Table("", *(arm["name"] for arm in arms), box=None)
     for name in (name for name in arms[0]["means"] if name != "characters"):
-        cells = [_short(arm["means"][name]) for arm in arms]
+        cells = [_short(arm["means"][name]) if name in arm["means"] else "" for arm in arms]
         table.add_row(name.removeprefix("scorers/").removeprefix("parts/"), *cells)
     table.add_row("KL, nats", *(_short_kl(arm["kl"]) for arm in arms))
-    table.add_row("Elo", *(f"{arm['elo']:+.0f}" for arm in arms))
+    table.add_row("Elo", *("" if arm["elo"] is None else f"{arm['elo']:+.0f}" for arm in arms))
     console.print(table)
 
 

@@ -110,9 +110,10 @@ def draw_plots(folder: Path, verdict: Json, traces: Sequence[Json]) -> dict[str,
     wanted: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "win_rates": (plots.win_rates, (verdict,)),
         "frontier": (plots.frontier, (verdict, traces)),
-        "ratings": (plots.ratings, (verdict,)),
         "text": (plots.text, (verdict,)),
     }
+    if any(arm["elo"] for arm in verdict["arms"]):
+        wanted["ratings"] = (plots.ratings, (verdict,))
     if any(name.startswith("parts/") for name in verdict["arms"][0]["means"]):
         wanted["parts"] = (plots.parts, (verdict,))
     if "correct_by_family" in verdict["arms"][0]:

@@ -109,7 +109,8 @@ def _whisker(axes: "Axes", interval: Json, place: float, colour: str, marker: st
 
 def ratings(verdict: Json) -> "Figure":
     """Bradley-Terry strengths on the scale of Elo, with intervals; the baseline is 0."""
-    arms = sorted(verdict["arms"], key=lambda arm: -arm["elo"])
+    rated = [arm for arm in verdict["arms"] if arm["elo"] is not None]
+    arms = sorted(rated, key=lambda arm: -arm["elo"])
     style = styles([arm["name"] for arm in verdict["arms"]])
     with _panels(1, 1, 1.0 + 0.42 * len(arms)) as (figure, (axes,)):
         for place, arm in enumerate(arms):
@@ -142,7 +143,8 @@ def frontier(verdict: Json, traces: Sequence[Json]) -> "Figure":
             if name == "score":
                 _humps(axes, traces, style)
             for arm in verdict["arms"]:
-                _end_point(axes, arm, measure, style[arm["name"]])
+                if measure in arm["means"] and arm["kl"]["per_sequence"] is not None:
+                    _end_point(axes, arm, measure, style[arm["name"]])
             axes.set(title=title, xlabel="√KL from the baseline, √nats", ylabel="mean score")
         every[0].legend(fontsize=8, loc="best", framealpha=0.8)
     return figure

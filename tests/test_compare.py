@@ -3,14 +3,19 @@
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import eval_models
 import numpy as np
 import pytest
 from compare_models import World, fingerprint, verdict, write_model
+from judge_endpoint import Endpoint, longer_is_better, serving
 
+from trueup.app.votes import Vote, VoteStore
+from trueup.base.tokenizer import train_tokenizer
 from trueup.eval import compare, compare_samples
 from trueup.eval.compare_frontier import matched
 from trueup.eval.compare_samples import read_rows
@@ -18,6 +23,7 @@ from trueup.eval.compare_tax import tax
 from trueup.eval.kl import best_of_n_kl, kl_of_samples
 from trueup.eval.loading import load_policy
 from trueup.eval.sampler import SamplingSettings, sample
+from trueup.recipes.directory import identity
 from trueup.recipes.errors import UsageError
 from trueup.recipes.reader import read_recipe
 
@@ -30,6 +36,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with serving() as found:
+        yield found
 
 
 @pytest.fixture
@@ -145,6 +157,90 @@ def test_lm_eval_results_in_the_directories_make_the_tax(world: World) -> None:
     }
 
 
+# ------------------------------------------------------------------------------------------------ who ranks
+
+
+def test_a_judge_ranks_and_is_not_asked_twice(world: World, endpoint: Endpoint) -> None:
+    """Every pair in both orders; killed in between or run again, no pair is paid for a second time."""
+    endpoint.answer = longer_is_better
+    keys = {
+        "scorers": ["judge", "length"],
+        "judge_kwargs": {"base_url": endpoint.url, "model": "tester"},
+        "best_of": [2],
+        "reward_model_name_or_path": str(world.reward),
+    }
+    folder = world.compare({"dpo": world.dpo()}, **keys)
+    found = verdict(folder)
+    assert found["scorers"] == ["judge:tester", "length"]
+    assert found["judges"] == {"judge:tester": {"pairs": 36, "disagreed": 0, "malformed": 0}}
+    assert len(endpoint.requests) == 2 * 3 * 12
+    said = {arm["name"]: read_rows(folder / arm["samples"][0]) for arm in found["arms"]}
+    for pair in found["pairs"]:
+        both = zip(said[pair["a"]], said[pair["b"]], strict=True)
+        longer = [np.sign(len(a["completion"]) - len(b["completion"])) for a, b in both]
+        assert pair["rate"]["estimate"] == pytest.approx((1 + np.mean(longer)) / 2)
+    dpo = next(pair for pair in found["pairs"] if (pair["a"], pair["b"]) == ("dpo", "baseline"))
+    assert arm_of(found, "dpo")["means"]["scorers/judge:tester"]["estimate"] == dpo["rate"]["estimate"]
+    (folder / "trueup.json").write_text((folder / "trueup.json").read_text().replace('"inputs"', '"was"'))
+    assert verdict(world.compare({"dpo": world.dpo()}, **keys)) == found
+    assert len(endpoint.requests) == 2 * 3 * 12
+
+
+def test_people_rank_by_the_votes_on_these_models_and_prompts(world: World) -> None:
+    """Votes on other models and prompts do not count; the sides of a vote do not matter."""
+    arms = {"dpo": world.dpo(), "ppo": world.ppo()}
+    names = {name: identity(Path(path)) for name, path in {**arms, "sft": str(world.sft)}.items()}
+    asked = [json.loads(line)["prompt"] for line in (world.prompts / "test.jsonl").read_text().splitlines()]
+    store = VoteStore(world.folder / "votes.sqlite")
+
+    def vote(number: int, left: str, right: str, choice: Any, prompt: str) -> None:
+        sides = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": side}] for side in "ab"
+        ]
+        left_id, right_id = names.get(left, "?"), names.get(right, "?")
+        store.add(Vote(str(number), choice, left, left_id, sides[0], right, right_id, sides[1], {}))
+
+    for number in range(6):
+        vote(number, "ppo", "dpo", "left", asked[number])
+    for number in range(6, 8):
+        vote(number, "dpo", "ppo", "tie", asked[number])
+    vote(8, "dpo", "ppo", "left", asked[0])  # a second opinion on the first prompt
+    vote(9, "dpo", "ppo", "left", "a prompt of no test set")
+    vote(10, "dpo", "another model", "left", asked[9])
+    folder = world.compare(arms, scorers=[str(store.path), "length"])
+    found = verdict(folder)
+    (pair,) = found["pairs"]
+    assert (pair["a"], pair["b"], pair["prompts"], pair["missing"]) == ("ppo", "dpo", 8, 4)
+    assert pair["rate"]["estimate"] == pytest.approx((5 + 0.5 + 2 * 0.5) / 8)
+    assert found["judges"] == {"votes": {"votes": 9, "recorded": 11}}
+    assert arm_of(found, "dpo")["elo"] is None  # no vote joins it to the baseline
+    assert "scorers/length" in arm_of(found, "dpo")["means"]
+    vote(11, "dpo", "ppo", "left", asked[11])
+    again = verdict(world.compare(arms, scorers=[str(store.path), "length"]))
+    assert again["pairs"][0]["prompts"] == 9  # a new vote is new data
+
+
+def test_any_hub_model_is_an_arm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the Hub's cache, offline, and with tokens of its own: no KL, and all the rest."""
+    hub, commit = world.folder / "hub" / "models--someone--tiny", "c" * 40
+    snapshot = hub / "snapshots" / commit
+    eval_models.policy("llama", max_position_embeddings=64, vocab_size=400).save_pretrained(snapshot)
+    other = train_tokenizer(["other words " * 9, "and yet others"], vocab_size=290)
+    other.save_pretrained(snapshot)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    found = verdict(world.compare({"dpo": world.dpo(), "llama": "someone/tiny"}, max_prompts=5))
+    llama = arm_of(found, "llama")
+    assert llama["kl"] == {"per_sequence": None, "bound": False}
+    assert llama["text"]["entropy"] > 0
+    assert commit in llama["models"][0]["path"]
+    assert arm_of(found, "dpo")["kl"]["per_sequence"] != 0
+    assert any("llama" in line for line in found["unknown"])
+    with pytest.raises(UsageError, match=r"arms\.dpo\[0\].*nor can it be had from the Hub"):
+        world.compare({"dpo": "nobody/has-this"})
+
+
 # ------------------------------------------------------------------------------------------------ cheats
 
 
@@ -234,6 +330,32 @@ def test_test_prompts_used_for_choices_are_found_out(world: World) -> None:
 
 
 @pytest.mark.usefixtures("no_page")
+def test_pairs_drawn_from_the_test_prompts_are_found_out(world: World) -> None:
+    record = json.loads((world.pairs / "trueup.json").read_text())
+    record["data"].append(fingerprint(world.prompts, "test"))
+    (world.pairs / "trueup.json").write_text(json.dumps(record))
+    found = verdict(world.compare({"dpo": world.dpo(recipe={"dataset_train_split": "test"})}))
+    assert "pairs drawn from the test prompts" in found["void"]["dpo"]
+
+
+@pytest.mark.usefixtures("no_page")
+def test_the_best_of_more_checkpoints_is_refused(world: World) -> None:
+    """One rule and one number of candidates for all; the last validation repeats the best and is none."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score", "scorers": ["heldout"]}
+    few, many = world.dpo(recipe=best), world.ppo(recipe=best)
+    points = [{"step": step, "split": "validation", "kl": 0.0, "score": 1.0} for step in (0, 5, 10, 15, 15)]
+    (Path(few) / "frontier.jsonl").write_text("".join(json.dumps(one) + "\n" for one in points[:3]))
+    (Path(many) / "frontier.jsonl").write_text("".join(json.dumps(one) + "\n" for one in points))
+    with pytest.raises(UsageError, match=r"by eval_score of 2, and ppo\[0\] the best .* of 3"):
+        world.compare({"dpo": few, "ppo": many})
+    (Path(few) / "frontier.jsonl").write_text((Path(many) / "frontier.jsonl").read_text())
+    found = verdict(world.compare({"dpo": few, "ppo": many}))
+    assert arm_of(found, "ppo")["models"][0]["choice"] == "the best checkpoint by eval_score of 3"
+    with pytest.raises(UsageError, match=r"and last.*the last checkpoint"):
+        world.compare({"dpo": few, "last": world.ppo("last", seed=7, recipe={"scorers": ["heldout"]})})
+
+
+@pytest.mark.usefixtures("no_page")
 def test_a_foreign_model_is_compared_and_what_is_not_known_is_said(world: World) -> None:
     foreign = Path(world.dpo("foreign"))
     (foreign / "trueup.json").unlink()
@@ -252,6 +374,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         ("arms: {a: [x, 3]}", "takes a model directory"),
         ("arms: {a/b: x}", "a name is made of letters"),
         ("arms: {a: x}\nbest_of: [4]", "needs reward_model_name_or_path"),
+        ("arms: {a: x}\njudge_kwargs: {model: m, base_url: u}", "is read with judge among scorers"),
         ("arms: {a: x}\nbest_of: [1]\nreward_model_name_or_path: r", "from 2 on"),
     ):
         path.write_text(keys + line)
