@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -85,7 +85,7 @@ def run_one(
     if dry_run:
         print(render(recipe))
         return
-    _run_all([recipe], flags, budget, launcher, as_json)
+    run_recipes([recipe], flags, budget, launcher, as_json)
 
 
 def run_folder(folder: Path, budget: str | None, dry_run: bool, launcher: str | None, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def run_folder(folder: Path, budget: str | None, dry_run: bool, launcher: str | 
     if dry_run:
         _print_plan(recipes)
         return
-    _run_all(recipes, [], budget, launcher, as_json)
+    run_recipes(recipes, [], budget, launcher, as_json)
 
 
 def read_folder(folder: Path, budget: str | None) -> list[Recipe]:
@@ -167,9 +167,18 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _run_all(
-    recipes: list[Recipe], flags: list[str], budget: str | None, launcher: str | None, as_json: bool
+def run_recipes(
+    recipes: list[Recipe],
+    flags: Sequence[str] = (),
+    budget: str | None = None,
+    launcher: str | None = None,
+    as_json: bool = False,
 ) -> None:
+    """Run recipes in their order, each in a process of its own; print what became of them.
+
+    Raises:
+        UsageError, TrueupError: the first that failed; names it and its log.
+    """
     outcomes: list[Outcome] = []
     shown = sys.stderr if as_json else sys.stdout  # with --json, stdout holds the JSON alone
     try:
@@ -194,7 +203,7 @@ def _run_all(
 
 
 def _start(
-    recipe: Recipe, run: Run, flags: list[str], budget: str | None, launcher: str | None, shown: BinaryIO
+    recipe: Recipe, run: Run, flags: Sequence[str], budget: str | None, launcher: str | None, shown: BinaryIO
 ) -> int:
     """Run a stage in a process of its own, its output shown and kept in the log; returns its exit code.
 

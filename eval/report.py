@@ -1,7 +1,7 @@
 """`report.html`: a comparison as one self-contained page, made of the files beside it and of nothing else.
 
-Every figure on the page stands in one of `verdict.json`, `traces.json`, `manifest.json`, `scores.csv` and
-`samples/`; each section says in which.
+Every figure on the page stands in one of `verdict.json`, `traces.json`, `manifest.json`, `scores.csv`,
+`samples/`, and of a versus `sweep.json`; each section says in which.
 """
 
 import base64
@@ -20,6 +20,7 @@ from trueup.recipes.directory import VERDICT, read_json
 Json = dict[str, Any]
 
 REPORT, MANIFEST, TRACES = "report.html", "manifest.json", "traces.json"
+SWEEP = "sweep.json"  # of `trueup versus`: the settings tried, and which were chosen
 SCORES, PROMPTS = "scores.csv", f"{SAMPLES}/prompts.jsonl"
 PAIRS, ARMS = "pairs.csv", "arms.csv"
 TEMPLATE = "report.html.jinja"
@@ -43,6 +44,7 @@ def write_report(folder: Path) -> None:
     page = environment.get_template(TEMPLATE).render(
         verdict=verdict,
         traces=traces,
+        sweep=read_json(folder / SWEEP) if (folder / SWEEP).exists() else None,
         manifest=read_json(folder / MANIFEST),
         baseline=BASELINE,
         headlines=headlines(verdict),

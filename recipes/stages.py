@@ -33,6 +33,10 @@ STAGES: dict[str, tuple[str, str]] = {
         "trueup.eval.compare:CompareRecipe",
         "Compare models that began as one: win rates with intervals, KL, and a verdict.",
     ),
+    "versus": (
+        "trueup.app.versus:VersusRecipe",
+        "Train methods from one start with equal budgets, choose their settings, and compare them.",
+    ),
 }
 
 
