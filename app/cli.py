@@ -17,6 +17,8 @@ from trueup.app.lab import lab
 from trueup.app.lab_measure import learned, score
 from trueup.app.merge import merge
 from trueup.app.runner import run_folder, run_one, run_stage
+from trueup.app.serve import serve
+from trueup.app.ui import app as app_command
 from trueup.recipes.directory import disk_error
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.reader import parse_flags, read_recipe, render
@@ -106,6 +108,8 @@ for _verb, (_target, _summary) in STAGES.items():
     _stage_command(_verb, _summary)
 
 app.command("chat", rich_help_panel=LOOK)(chat)
+app.command("app", rich_help_panel=LOOK)(app_command)
+app.command("serve", rich_help_panel=LOOK)(serve)
 app.command(
     "exam",
     rich_help_panel=LOOK,
