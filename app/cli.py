@@ -11,6 +11,7 @@ import typer
 
 from trueup.app.bench import bench
 from trueup.app.chat import chat
+from trueup.app.evaluate import evaluate
 from trueup.app.exam import exam
 from trueup.app.inspect import inspect
 from trueup.app.lab import lab
@@ -108,6 +109,7 @@ for _verb, (_target, _summary) in STAGES.items():
     _stage_command(_verb, _summary)
 
 app.command("chat", rich_help_panel=LOOK)(chat)
+app.command("eval", rich_help_panel=LOOK)(evaluate)
 app.command("app", rich_help_panel=LOOK)(app_command)
 app.command("serve", rich_help_panel=LOOK)(serve)
 app.command(

@@ -13,6 +13,7 @@ from trueup.recipes.stages import STAGES, stage_class
 # Whose keys they are, for headings: the classes a stage's schema is put together from.
 _HEADINGS = {
     "DataArguments": "Data",
+    "EvalTasksArguments": "Benchmarks along the way",
     "ModelConfig": "Model and LoRA (TRL's ModelConfig)",
     "TrainingArguments": "Training (Transformers' TrainingArguments)",
 }

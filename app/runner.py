@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -38,10 +38,21 @@ def run_stage(recipe: Recipe) -> Run:
     if run.done():
         _say(f"{run.output_dir}: complete and unchanged, nothing to do")
         return run
+    run.measure = _measure(recipe)
     with run.working():
         stage.run(run)
     _say(f"{run.output_dir}: done")
     return run
+
+
+def _measure(recipe: Recipe) -> Callable[[Any, Any], dict[str, float]] | None:
+    """What `eval_tasks` asks evaluations to measure: stages know no benchmarks."""
+    if not recipe.values.get("eval_tasks"):
+        return None
+    from trueup.eval.harness import TaskMeasure
+
+    place = f"{recipe.origin['eval_tasks']}: eval_tasks"
+    return TaskMeasure(recipe.values["eval_tasks"], recipe.values["eval_tasks_limit"], place)
 
 
 def _say(line: str) -> None:

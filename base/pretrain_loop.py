@@ -272,6 +272,9 @@ class Pretraining:
         }
         if self.inputs.floor is not None:
             row |= {"floor": self.inputs.floor, "above_floor": row["bits_per_byte"] - self.inputs.floor}
+        if self.run.measure is not None:
+            with self.accelerator.autocast():
+                row |= self.run.measure(self.model, self.inputs.tokenizer)
         self.progress.say(
             f"step {step}: held out  " + "  ".join(f"{name} {show(v)}" for name, v in row.items())
         )
@@ -371,7 +374,7 @@ def build_accelerator(recipe: PretrainRecipe, run: Run) -> Accelerator:
     """Devices and precision; `accelerate launch` or torchrun say how many processes there are.
 
     Raises:
-        UsageError: a tracker is not installed, or Muon is to run on sharded weights.
+        UsageError: a tracker is not installed, or Muon or eval_tasks are to run on sharded weights.
     """
     wanted = [recipe.report_to] if isinstance(recipe.report_to, str) else recipe.report_to
     trackers = [name for name in wanted if name != "none"]
@@ -392,6 +395,11 @@ def build_accelerator(recipe: PretrainRecipe, run: Run) -> Accelerator:
         raise UsageError(
             f"optim: muon needs whole matrices, and {accelerator.distributed_type.value} splits them; use "
             "adamw_torch_fused, or plain DDP"
+        )
+    if run.measure is not None and accelerator.distributed_type not in PLAIN_TYPES:
+        raise UsageError(
+            f"eval_tasks: need whole weights, and {accelerator.distributed_type.value} splits them; use "
+            "plain DDP, or `trueup eval` afterwards"
         )
     if trackers:
         simple = {

@@ -18,6 +18,7 @@ from trl import ModelConfig
 
 from trueup.base import adapters
 from trueup.base.data import data_parents
+from trueup.base.eval_tasks import EvalTasksArguments, eval_tasks_contradictions
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.run import is_main_process
@@ -29,7 +30,7 @@ def key(default: Any, help_text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class StageArguments:
+class StageArguments(EvalTasksArguments):
     """Keys of TRL and Transformers whose defaults are wrong for us, each with its reason. Goes first."""
 
     output_dir: str = key("", "Model directory to write.", required=True)
@@ -73,7 +74,7 @@ class StageArguments:
             found.append(("dataset_streaming", "needs max_steps: nobody knows how long a stream is"))
         if "eval_steps" in given and given.get("eval_strategy") != "steps":
             found.append(("eval_steps", "is read with eval_strategy: steps; add that"))
-        return found
+        return found + eval_tasks_contradictions(given)
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model it starts from, and the data sets that stages wrote."""

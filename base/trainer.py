@@ -10,10 +10,12 @@ The trainer lives in the run's work directory. A checkpoint counts once its chec
 one cut off by a kill is never resumed from, nor one that was damaged since.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,13 @@ class StageTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Not here: TRL writes one at every checkpoint; ours is made when the model is published."""
 
+    @contextlib.contextmanager
+    def language_model(self) -> Iterator[Any]:
+        """The model as others may use it: without what distribution puts around it, sharded parameters put
+        together."""
+        with whole(self, self.model_wrapped) as model:
+            yield model
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(loss):
@@ -114,6 +123,22 @@ class StageTrainer(Trainer):
             f"lengthen warmup_steps; with fp16, try bf16. The last checkpoint is from before: "
             f"{self.args.output_dir}"
         )
+
+
+@contextlib.contextmanager
+def whole(trainer: Trainer, model: Any) -> Iterator[Any]:
+    """A Trainer's model without what distribution puts around it; sharded parameters are put together."""
+    with contextlib.ExitStack() as stack:
+        if trainer.is_fsdp_enabled:
+            from torch.distributed.fsdp import FullyShardedDataParallel
+
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
+        elif trainer.is_deepspeed_enabled:
+            from trl.models import unwrap_model_for_generation
+
+            model = stack.enter_context(unwrap_model_for_generation(model, trainer.accelerator))
+        # A compiled model would be compiled anew for each length.
+        yield trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 # ---------------------------------------------------------------- watching
@@ -215,6 +240,29 @@ def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(event) + "\n" for event in history), encoding="utf-8")
 
 
+class Measuring(TrainerCallback):
+    """Logs what `Run.measure` says of the model, before the first step and at each evaluation."""
+
+    def __init__(self, trainer: StageTrainer, measure: Callable[[Any, Any], dict[str, float]]) -> None:
+        self.trainer, self.measure = trainer, measure
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._log()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._log()
+
+    def _log(self) -> None:
+        with self.trainer.language_model() as model, self.trainer.accelerator.autocast():
+            figures = self.measure(model, self.trainer.processing_class)
+        self.trainer.log({f"eval_{name}": value for name, value in figures.items()})
+
+
 class StopWhenAsked(TrainerCallback):
     """Turns a signal into: finish this step, save, stop. `asked` is its number, 0 if the run went on."""
 
@@ -257,6 +305,8 @@ def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)
     trainer.add_callback(LogFile(run.work_dir / LOG))
+    if run.measure is not None:
+        trainer.add_callback(Measuring(trainer, run.measure))
     disable_progress_bar()  # Transformers shows one for each checkpoint, across ours
     checkpoint = _starting_point(trainer.args, run.work_dir) if is_main_process() else None
     [checkpoint] = broadcast_object_list([checkpoint])

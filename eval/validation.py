@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trueup.base.stage import key
+from trueup.base.trainer import whole
 from trueup.eval.kl import kl_of_samples
 from trueup.eval.pathologies import pathologies
 from trueup.eval.rendering import as_completions, encode_prompt
@@ -271,22 +272,6 @@ class ValidationCallback(TrainerCallback):
         if state.is_world_process_zero:
             save_table(table, Path(args.output_dir), state.global_step, self.show)
         return logged
-
-
-@contextlib.contextmanager
-def whole(trainer: Trainer, model: Any) -> Iterator[Any]:
-    """A Trainer's model without what distribution puts around it; sharded parameters are put together."""
-    with contextlib.ExitStack() as stack:
-        if trainer.is_fsdp_enabled:
-            from torch.distributed.fsdp import FullyShardedDataParallel
-
-            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
-        elif trainer.is_deepspeed_enabled:
-            from trl.models import unwrap_model_for_generation
-
-            model = stack.enter_context(unwrap_model_for_generation(model, trainer.accelerator))
-        # A compiled model would be compiled anew for each length.
-        yield trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def save_table(table: list[Row], folder: Path, step: int, show: bool) -> None:

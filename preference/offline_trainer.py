@@ -15,8 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trueup.base import GPTForCausalLM
-from trueup.base.trainer import StageTrainer
-from trueup.eval.validation import whole
+from trueup.base.trainer import StageTrainer, whole
 from trueup.preference.dpo_checks import (
     ROUNDING,
     answer_log_probs,

@@ -241,13 +241,13 @@ class PPOTrainer(StageTrainer):
         """Completions of prompts, cut at their end-of-sequence token."""
         tokenizer = self.processing_class
         prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-        with self._whole_policy() as policy:
+        with self.language_model() as policy:
             ids = self.generator(policy, prompts, keys, temperature)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Completions(rows, prompts, ids, texts, [one[-1] in self.stop for one in ids])
 
     @contextlib.contextmanager
-    def _whole_policy(self) -> Iterator[Any]:
+    def language_model(self) -> Iterator[Any]:
         """The policy to sample from: with FSDP its parameters are put together meanwhile."""
         if not self.is_fsdp_enabled:
             yield self.policy

@@ -70,6 +70,8 @@ class RewardRecipe(StageArguments, DataArguments, ModelConfig, RewardConfig):
             )
         if given.get("dataset_streaming") and given.get("train_sampling_strategy") == "group_by_length":
             found.append(("train_sampling_strategy", "cannot group a stream by length; delete it"))
+        if given.get("eval_tasks"):
+            found.append(("eval_tasks", "are for language models, a reward model says nothing; delete it"))
         if "score" in (given.get("lora_target_modules") or []):
             found.append(("lora_target_modules", "score is trained whole in any case; take it out"))
         return found

@@ -43,6 +43,7 @@ NEUTRAL_KEYS = {
     "trackio_static_space_id", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "skip_memory_metrics", "ddp_timeout",
     "debug",
+    "eval_tasks", "eval_tasks_limit",
 }  # fmt: skip
 
 LOCK_WAIT = 60.0  # seconds a run waits for another one of the same recipe to end
@@ -64,6 +65,8 @@ class Run:
     parents: dict[str, ModelDirectory]
     data: list[dict[str, Any]]
     started: float = field(default_factory=time.time)
+    # (model, tokenizer) -> figures that evaluations log besides; app/ puts it there.
+    measure: Callable[[Any, Any], dict[str, float]] | None = None
 
     @property
     def work_dir(self) -> Path:
