@@ -17,6 +17,7 @@ from trueup.app.inspect import inspect
 from trueup.app.lab import lab
 from trueup.app.lab_measure import learned, score
 from trueup.app.merge import merge
+from trueup.app.report import report
 from trueup.app.runner import run_folder, run_one, run_stage
 from trueup.app.serve import serve
 from trueup.app.ui import app as app_command
@@ -119,6 +120,7 @@ app.command(
 )(exam)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("merge", rich_help_panel=LOOK)(merge)
+app.command("report", rich_help_panel=LOOK)(report)
 lab.command()(score)
 lab.command()(learned)
 app.add_typer(bench, name="bench", rich_help_panel=LOOK)

@@ -111,6 +111,8 @@ def run_folder(folder: Path, budget: str | None, dry_run: bool, launcher: str | 
         _print_plan(recipes)
         return
     run_recipes(recipes, [], budget, launcher, as_json)
+    if not as_json:
+        _print_ladder([Path(str(recipe.values["output_dir"])) for recipe in recipes])
 
 
 def read_folder(folder: Path, budget: str | None) -> list[Recipe]:
@@ -282,3 +284,14 @@ def _print_summary(outcomes: list[Outcome], as_json: bool) -> None:
         shown = {name: value for name, value in row["metrics"].items() if name not in _COUNTERS}
         figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         console.print(f"{row['stage']}: {figures}", highlight=False)
+
+
+def _print_ladder(directories: list[Path]) -> None:
+    """What the folder's runs come to, step by step; `trueup report` shows the same later."""
+    from trueup.eval.ladder import ladder
+    from trueup.eval.ladder_render import print_ladder
+
+    found = ladder(directories)
+    if len(found.steps) > 1:
+        print()
+        print_ladder(found)

@@ -39,12 +39,13 @@ from trueup.eval.compare_pairwise import (
     every_pair,
 )
 from trueup.eval.compare_samples import BASELINE, SAMPLES, Answers, Arm, Bench, Measures, measures, write_rows
-from trueup.eval.compare_tax import bits_per_byte, lm_eval_results, tax
+from trueup.eval.compare_tax import bits_per_byte
 from trueup.eval.compare_verdict import SCORERS, conclude, print_verdict
 from trueup.eval.judge import JudgeScorer
 from trueup.eval.loading import local_directory
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.report import MANIFEST, PROMPTS, REPORT, SCORES, TRACES, write_report
+from trueup.eval.results import lm_eval_results, tax
 from trueup.eval.sampler import SamplingSettings
 from trueup.eval.scorers import Scorer, resolve_scorer
 from trueup.eval.validation import frozen_prompts, same_tokens, scorer_parents

@@ -19,9 +19,9 @@ from trueup.base.tokenizer import train_tokenizer
 from trueup.eval import compare, compare_samples
 from trueup.eval.compare_frontier import matched
 from trueup.eval.compare_samples import read_rows
-from trueup.eval.compare_tax import tax
 from trueup.eval.kl import best_of_n_kl, kl_of_samples
 from trueup.eval.loading import load_policy
+from trueup.eval.results import tax
 from trueup.eval.sampler import SamplingSettings, sample
 from trueup.recipes.directory import identity
 from trueup.recipes.errors import UsageError
