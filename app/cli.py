@@ -11,8 +11,10 @@ import typer
 
 from trueup.app.bench import bench
 from trueup.app.chat import chat
+from trueup.app.doctor import doctor, import_own_modules
 from trueup.app.evaluate import evaluate
 from trueup.app.exam import exam
+from trueup.app.export import export, import_
 from trueup.app.inspect import inspect
 from trueup.app.lab import lab
 from trueup.app.lab_measure import learned, score
@@ -120,7 +122,10 @@ app.command(
 )(exam)
 app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("merge", rich_help_panel=LOOK)(merge)
+app.command("doctor", rich_help_panel=LOOK)(doctor)
 app.command("report", rich_help_panel=LOOK)(report)
+app.command("export", rich_help_panel=LOOK)(export)
+app.command("import", rich_help_panel=LOOK)(import_)
 lab.command()(score)
 lab.command()(learned)
 app.add_typer(bench, name="bench", rich_help_panel=LOOK)
@@ -138,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     with contextlib.suppress(ValueError):  # it may stand anywhere on the line
         words.remove("--debug")
     try:
+        import_own_modules()
         app(args=words, prog_name="trueup")
     except KeyboardInterrupt:
         print("\ntrueup: stopped", file=sys.stderr)

@@ -36,17 +36,29 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     epsilon: float,
+    hidden_scale: float = 1.0,
 ) -> list[Optimizer]:
     """One AdamW, or a Muon and an AdamW. Each group keeps its peak rate as `peak_lr` for `set_learning_rate`.
+
+    `hidden_scale` multiplies AdamW's rate of the matrices inside the blocks: with muP, (width tuned) / width,
+    for a step moves a sum over the width the more, the more terms it has (https://arxiv.org/abs/2203.03466,
+    table 8). Muon's steps have that in their norm.
 
     Muon makes the update of a matrix orthogonal, so all its directions learn equally fast
     (https://kellerjordan.github.io/posts/muon/); that means nothing for embeddings, heads and vectors.
     """
     groups = parameter_groups(model)
-    adamw_matrices = groups["head"] + (groups["hidden"] if kind == "adamw_torch_fused" else [])
+    hidden = groups["hidden"] if kind == "adamw_torch_fused" else []
+    apart = hidden if hidden_scale != 1 else []
     adamw = AdamW(
         _without_empty(
-            {"params": adamw_matrices, "weight_decay": weight_decay},
+            {"params": groups["head"] + ([] if apart else hidden), "weight_decay": weight_decay},
+            # Decay is multiplied with the rate: so it stays what it was.
+            {
+                "params": apart,
+                "weight_decay": weight_decay / hidden_scale,
+                "lr": learning_rate * hidden_scale,
+            },
             {"params": groups["plain"], "weight_decay": 0.0},
         ),
         lr=learning_rate,

@@ -73,6 +73,9 @@ class PretrainRecipe(GPTArguments, EvalTasksArguments, DataArguments):
     """Train a GPT from scratch on raw text."""
 
     output_dir: str = _key("", "Model directory to write.", required=True)
+    size: Literal["lab", "12M", "30M", "124M", "350M", "1B", "7B"] | None = _key(
+        None, "A size by name: shape, batch, learning rate and horizon; each key of yours wins over it."
+    )
     tokenizer_name_or_path: str | None = _key(
         None, "Tokenizer to use; without it one is trained on the training documents."
     )
@@ -136,8 +139,21 @@ class PretrainRecipe(GPTArguments, EvalTasksArguments, DataArguments):
     )
 
     @classmethod
+    def derived(cls, given: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+        """See `trueup.recipes.stages.Stage`."""
+        if not given.get("size"):
+            return {}
+        from trueup.base.presets import derive
+
+        return derive(given["size"], given)
+
+    @classmethod
     def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
         """See `trueup.recipes.stages.Stage`."""
+        try:
+            given = {key: value for key, (value, _) in cls.derived(given).items()} | given
+        except (StrictDataclassError, ValueError) as error:
+            return [("size", f"does not fit: {str(error).strip().splitlines()[-1].strip()}")]
         given = {key: value for key, value in given.items() if value is not None}
         found = [
             (key, f"must be at least {low}") for key, low in _LOWEST.items() if given.get(key, low) < low

@@ -27,6 +27,7 @@ from trueup.base.interrupt import Interrupted, StopRequest
 from trueup.base.loss import linear_cross_entropy
 from trueup.base.modeling_gpt import GPTForCausalLM
 from trueup.base.optimizers import build_optimizers, set_learning_rate
+from trueup.base.presets import Derivation
 from trueup.base.pretrain import PretrainRecipe
 from trueup.base.pretrain_inputs import Plan, read_inputs
 from trueup.base.progress import TrainingProgress, show
@@ -89,6 +90,9 @@ class Pretraining:
         )
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, self.inputs.tokenizer)
+        if recipe.size:
+            for line in Derivation(model.config, recipe.max_length).lines():
+                self._say(f"size {recipe.size}: {line}")
         for line in self.plan.lines(recipe, self.inputs, model):
             self._say(line)
         self.prepare(model)
@@ -123,6 +127,7 @@ class Pretraining:
             recipe.weight_decay,
             (recipe.adam_beta1, recipe.adam_beta2),
             recipe.adam_epsilon,
+            model.config.logit_scale if model.config.init == "mup" else 1.0,
         )
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it wants to know this beforehand
             settings = accelerator.state.deepspeed_plugin.deepspeed_config

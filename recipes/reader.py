@@ -154,11 +154,15 @@ def _resolve(
     for name, (value, why) in machine_defaults(schema, {n: e.value for n, e in given.items()}).items():
         values[name], origin[name] = value, f"this machine: {why}"
     problems = []
-    for name, message in stage_class(stage).contradictions({n: e.value for n, e in given.items()}):  # type: ignore[attr-defined]
+    chosen = {name: entry.value for name, entry in given.items()}
+    for name, message in stage_class(stage).contradictions(chosen):  # type: ignore[attr-defined]
         place = given[name].place if name in given else str(source or stage)
         problems.append(f"{place}: {name} {message}")
     if problems:
         raise RecipeError(problems)
+    derive = getattr(stage_class(stage), "derived", None)
+    for name, (value, why) in (derive(chosen) if derive else {}).items():
+        values[name], origin[name] = value, f"derived: {why}"
     return Recipe(stage, values, origin, source, notes)
 
 

@@ -44,6 +44,7 @@ NEUTRAL_KEYS = {
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "skip_memory_metrics", "ddp_timeout",
     "debug",
     "eval_tasks", "eval_tasks_limit",
+    "size",  # what follows from it are keys of their own
 }  # fmt: skip
 
 LOCK_WAIT = 60.0  # seconds a run waits for another one of the same recipe to end

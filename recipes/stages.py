@@ -49,6 +49,8 @@ class Stage(Protocol):
     def contradictions(cls, values: dict[str, Any]) -> list[tuple[str, str]]:
         """(key, message) for keys that are each right and wrong together."""
 
+    # Optional: a classmethod `derived(values)`, key -> (value, why) of keys that follow from those given.
+
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """Recipe key -> (directory it names, kind the stage needs there)."""
 
