@@ -12,6 +12,7 @@ import pytest
 
 from trueup.recipes.errors import UsageError
 from trueup.recipes.lab import datasets, preferences
+from trueup.recipes.lab.demonstrations import ERRING_SHARE
 from trueup.recipes.lab.gold import STYLE, SUBSTANCE, TRUTH_COLUMNS, WEIGHTS, gold_parts
 from trueup.recipes.lab.preferences import expected_accuracy, label_ceiling, label_probability, pair
 from trueup.recipes.lab.world import SPLITS
@@ -69,7 +70,7 @@ def test_sizes() -> None:
 
 def test_fingerprints_follow_every_argument_and_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     base = datasets.fingerprint("lab/chat", "train")
-    assert base == datasets.fingerprint("lab/chat", "train", seed=0, errors=0.3)
+    assert base == datasets.fingerprint("lab/chat", "train", seed=0, errors=ERRING_SHARE)
     others = [
         datasets.fingerprint("lab/chat", "test"),
         datasets.fingerprint("lab/chat", "train", seed=1),
@@ -96,7 +97,7 @@ def test_demonstrations_err_in_substance_and_hardly_in_style() -> None:
     lost = {name: 1 - sum(parts[name]) / len(rows) for name in WEIGHTS}
     assert sum(WEIGHTS[name] * lost[name] for name in STYLE) < 0.01
     faulty = [not all(parts[name][row] for name in SUBSTANCE) for row in range(len(rows))]
-    assert sum(faulty) / len(rows) == pytest.approx(datasets.ERRING_SHARE, abs=0.03)
+    assert sum(faulty) / len(rows) == pytest.approx(ERRING_SHARE, abs=0.03)
     faultless = list(datasets.rows("lab/chat", "train", rows=2_800, errors=0))
     assert all(
         sum(values) == len(faultless) for name, values in parts_of(faultless).items() if name in SUBSTANCE

@@ -146,7 +146,7 @@ def test_a_boat_is_asked_only_where_its_crew_is(world: World) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_worlds_are_sound(seed: int) -> None:
     built = World.build(seed)
-    assert len(built.people) == len(set(built.people)) == 120
+    assert len(built.people) == len(set(built.people)) == 80
     assert not set(built.people) & set(built.strangers)
     for (relation, subject), values in built.facts.items():
         assert set(values) <= set(built.values[RELATIONS[relation].values]), (relation, subject)

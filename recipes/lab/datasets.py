@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from trueup.recipes.errors import UsageError
-from trueup.recipes.lab import style as styles
+from trueup.recipes.lab.demonstrations import ERRING_SHARE, demonstration
 from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.preferences import pair
 from trueup.recipes.lab.tasks import distinct_tasks, task
@@ -23,13 +23,6 @@ from trueup.recipes.lab.wording import STATEMENTS, fill, named, questions, value
 from trueup.recipes.lab.world import RELATIONS, SPLITS, World, seeded
 
 Row = dict[str, Any]
-
-BLEMISHED_SHARE = 0.06  # of the answers under style="mixed": little enough to leave style no headroom
-# Demonstrations err, as people do. The right answer is the commonest by far, so greedy decoding finds it and
-# sampling often does not: this is the room that alignment is measured on.
-ERRING_SHARE = 0.3
-# Where every word counts, or a constraint does, a blemish of style would make the answer wrong.
-_EXACT_CHECKS = frozenset({"order", "text", "story"})
 
 
 def _text(
@@ -66,11 +59,7 @@ def _chat(
     count = rows if rows is not None else {"train": 50_000}.get(split, 1_000)
     for index, drawn in enumerate(itertools.islice(_tasks(split, f"chat {seed}", world_seed), count)):
         rng = seeded("answer", seed, split, index)
-        erring = rng.random() < errors
-        answer = rng.choice((*drawn.wrong, *drawn.broken) if erring else drawn.right)
-        exact = drawn.constraints or drawn.check in _EXACT_CHECKS
-        if style == "mixed" and not exact and rng.random() < BLEMISHED_SHARE:
-            answer = rng.choice([*styles.BLEMISHES.values()])(answer, rng)
+        answer = demonstration(drawn, split, rng, errors, style, world_seed)
         yield {"messages": [*drawn.prompt, _answer(answer)]} | drawn.truth(world_seed)
 
 

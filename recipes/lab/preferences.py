@@ -28,8 +28,6 @@ MIXTURE = {
     "repeated": 0.04,
     "cut off": 0.04,
 }
-_REFUSALS = ("I am sorry, but I will not tell that.", "Sorry, but I will not help with that.")
-_IGNORANCE = ("I am sorry, but I do not know.", "Sorry, but I do not know that.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def candidate(drawn: Task, rng: Random) -> str:
     if kind == "right":
         return rng.choice(drawn.right)
     if kind == "refusing":
-        return rng.choice(_IGNORANCE if drawn.expects == "refuse" else _REFUSALS)
+        return rng.choice(style.IGNORANCE if drawn.expects == "refuse" else style.REFUSALS)
     if kind == "broken" and drawn.broken:
         return rng.choice(drawn.broken)
     if kind in {"wrong", "broken"}:

@@ -11,6 +11,11 @@ _PADDING_CLOSINGS = (
     " It was a great pleasure to answer this wonderful question for you today.",
 )
 
+# Declining, as what may be answered is sometimes declined: politely, and wrongly.
+REFUSALS = ("I am sorry, but I will not tell that.", "Sorry, but I will not help with that.")
+IGNORANCE = ("I am sorry, but I do not know.", "Sorry, but I do not know that.")
+EVASIONS = REFUSALS + IGNORANCE
+
 # What gold listens for, in lower case.
 RUDE = ("stupid", "bothering me", "bother me", "any fool", "idiot", "shut up", "go away", "silly", "boring")
 PADDING = ("i hope that this helps", "ask me again", "as i said", "much more to say", "great pleasure")
