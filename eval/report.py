@@ -25,6 +25,7 @@ SCORES, PROMPTS = "scores.csv", f"{SAMPLES}/prompts.jsonl"
 PAIRS, ARMS = "pairs.csv", "arms.csv"
 TEMPLATE = "report.html.jinja"
 TRANSCRIPTS = 20
+BITS = "bits per byte of held-out text"
 
 
 def write_report(folder: Path) -> None:
@@ -47,11 +48,13 @@ def write_report(folder: Path) -> None:
         sweep=read_json(folder / SWEEP) if (folder / SWEEP).exists() else None,
         manifest=read_json(folder / MANIFEST),
         baseline=BASELINE,
+        bits=BITS,
+        names=[arm["name"] for arm in verdict["arms"] if not arm["best_of"] and arm["name"] != BASELINE],
         headlines=headlines(verdict),
         virtual=[arm["name"] for arm in verdict["arms"] if arm["best_of"]],
         matrix={(pair["a"], pair["b"]): pair for pair in verdict["pairs"]},
         plots=draw_plots(folder, verdict, traces["traces"]),
-        tasks=_tasks(verdict["tax"]),
+        tax=tax_table(verdict),
         transcripts=transcripts(folder, verdict),
         style=plots.styles([arm["name"] for arm in verdict["arms"]]),
     )
@@ -166,9 +169,35 @@ def _flat(name: str, interval: Mapping[str, float]) -> dict[str, float]:
     return {name: interval["estimate"], f"{name} low": interval["low"], f"{name} high": interval["high"]}
 
 
-def _tasks(tax: Mapping[str, Sequence[Json]]) -> list[str]:
-    """Every lm-eval task and metric that any arm has."""
-    return sorted({task for entries in tax.values() for entry in entries for task in entry["lm_eval"]})
+def tax_table(verdict: Json) -> dict[str, dict[str, Json]]:
+    """Figure -> arm -> {"value", "stderr", "change", "within", "seeds"}: means over an arm's seeds, and what
+    they differ from the baseline; `within`: no more than 95 % of noise would."""
+    found: dict[str, dict[str, Json]] = {}
+    for arm, entries in verdict["tax"].items():
+        for task in entries[0]["lm_eval"] if entries else ():
+            known = [one for one in entries if task in one["lm_eval"]]
+            values, changes = (
+                [one[of][task] for one in known if task in one[of]] for of in ("lm_eval", "change")
+            )
+            change, error = _mean(changes, "value"), _mean(changes, "stderr")
+            found.setdefault(task, {})[arm] = {
+                "value": _mean(values, "value"),
+                "stderr": _mean(values, "stderr"),  # the documents are shared: more seeds do not shrink it
+                "change": change,
+                "within": None not in (change, error) and abs(change or 0) <= 1.96 * (error or 0),
+                "seeds": [one["value"] for one in values],
+            }
+        bits = [one["bits_per_byte"] for one in entries if "bits_per_byte" in one]
+        if bits:
+            mean, before = sum(bits) / len(bits), verdict["tax"][BASELINE][0]["bits_per_byte"]
+            row = {"value": mean, "stderr": None, "change": mean - before, "within": False, "seeds": bits}
+            found.setdefault(BITS, {})[arm] = row
+    return found
+
+
+def _mean(entries: Sequence[Json], name: str) -> float | None:
+    values = [entry[name] for entry in entries]
+    return None if None in values or not values else sum(values) / len(values)
 
 
 def _percent(interval: Mapping[str, float]) -> str:

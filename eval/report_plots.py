@@ -235,6 +235,7 @@ def text(verdict: Json) -> "Figure":
             axes.set_title(label, fontsize=9, fontweight="normal")
             low, high = axes.get_xlim()
             reach = max(high - low, 0.04 * abs(low + high), 0.1) * 0.55  # what hardly differs is to look so
-            axes.set_xlim((low + high) / 2 - reach, (low + high) / 2 + reach)
+            most = 100 + 0.05 * reach if factor == 100 else math.inf  # of a share there is no more
+            axes.set_xlim((low + high) / 2 - reach, min((low + high) / 2 + reach, most))
             axes.locator_params(axis="x", nbins=5)
     return figure

@@ -151,7 +151,9 @@ def test_lm_eval_results_in_the_directories_make_the_tax(world: World) -> None:
     folder = world.compare({"dpo": arm})
     change = verdict(folder)["tax"]["dpo"][0]["change"]["piqa acc"]
     assert change == pytest.approx({"value": -0.1, "stderr": 0.03 * 2**0.5})
-    assert "piqa acc" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "0.4000 ± 0.0300" in page
+    assert "-0.1000</small>" in page  # 2.4 standard errors
     assert tax({"a": {"value": 1.0, "stderr": None}}, {"a": {"value": 0.5, "stderr": 0.1}}) == {
         "a": {"value": 0.5, "stderr": None}
     }
