@@ -460,6 +460,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    # The trunk's plans are the configuration's.
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
