@@ -95,9 +95,6 @@ def evaluate(
         )
     if output_dir and len(models) > 1:
         raise UsageError("--output_dir: is for one model; its files are named by task alone")
-    folders = [output_dir or _folder(name) for name in models]
-    for folder in folders:
-        check_writable(folder)
     from trueup.eval.harness import EvalSettings, save_report
     from trueup.eval.harness import evaluate as evaluate_task
     from trueup.eval.harness_tasks import load_tasks
@@ -108,8 +105,10 @@ def evaluate(
     loaded = load_tasks([name.strip() for name in tasks.split(",")])
     said = Console(stderr=True, highlight=False)
     reports: list[list[Report]] = []
-    for name, folder in zip(models, folders, strict=True):
+    for name in models:
         model, tokenizer, identity = open_model(name, dtype, device, base)
+        folder = output_dir or _folder(name)
+        check_writable(folder)
         reports.append([])
         for task in loaded:
             said.print(f"{name}: {task.name}, {min(limit or task.documents, task.documents):,} documents")

@@ -30,6 +30,7 @@ def eval_tasks_contradictions(given: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("eval_tasks", "are measured at evaluations, and eval_strategy is no"))
     if "eval_tasks_limit" in given and not given.get("eval_tasks"):
         found.append(("eval_tasks_limit", "is read with eval_tasks; add that, or delete it"))
-    if (given.get("eval_tasks_limit") or 1) < 1:
+    limit = given.get("eval_tasks_limit")
+    if limit is not None and limit < 1:
         found.append(("eval_tasks_limit", "must be at least 1, or null for all documents"))
     return found

@@ -120,7 +120,11 @@ def evaluate(
         "variant": settings.variant(task),
         "settings": asdict(settings)
         | {"apply_chat_template": chat, "add_bos_token": asked.add_bos_token, "batch_size": asked.batch_size}
-        | {"max_length": asked.max_length, "device": str(model.device), "dtype": str(model.dtype)},
+        | {
+            "max_length": asked.max_length,
+            "device": str(model.device),
+            "dtype": str(model.dtype).split(".")[-1],
+        },
         "lengths": asdict(asked.lengths),
         "chance": {name: known for name, rows in report["samples"].items() if (known := _chance(rows))},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_tasks(names: list[str], validation: bool = False, place: str = "--tasks
                     task.config.test_split = None
             shots = {one: task.config.num_fewshot for one, task in loaded["tasks"].items()}
             if loaded["groups"]:
-                found.append(LoadedTask(_shown(spec), loaded, shots))
+                found.append(LoadedTask(spec, loaded, shots))
             else:  # a task, or those of a tag, which have nothing in common but that
                 none: dict[str, Any] = {"groups": {}, "group_map": {}}
                 found += [
@@ -94,11 +95,17 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@cache
+def _manager(stock: bool) -> TaskManager:
+    """Ours, and if need be lm-eval's own 14,000 names, which take seconds to read."""
+    return TaskManager(include_path=[OURS], include_defaults=stock)
+
+
 def _known(name: str, place: str) -> tuple[TaskManager, list[Any]]:
     """A manager and the names in it that `name` stands for."""
-    manager = TaskManager(include_path=[OURS], include_defaults=False)
-    if name not in manager.all_tasks:  # only now lm-eval's own 14,000, which take seconds
-        manager = TaskManager(include_path=[OURS])
+    manager = _manager(stock=False)
+    if name not in manager.all_tasks:
+        manager = _manager(stock=True)
     matches = manager.match_tasks([name]) if glob.has_magic(name) else [name]
     if not matches or not set(matches) <= set(manager.all_tasks):
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -115,17 +122,25 @@ def _yaml_task(name: str, place: str) -> tuple[TaskManager, list[Any]]:
     path = Path(name)
     try:
         config = _own(path)
+        if "group" not in config:
+            return TaskManager(include_defaults=False), [{"task": path.stem, **config}]
+        return _group(path, config), [config["group"]]
     except OSError as error:
         raise UsageError(f"{place}: {error.filename or name}: {error.strerror or error}") from error
     except (YAMLError, ValueError, ImportError, AttributeError) as error:
         raise UsageError(f"{place}: {name}: {error}") from error
-    if "group" not in config:
-        return TaskManager(include_defaults=False), [{"task": path.stem, **config}]
-    manager = TaskManager(include_path=[path.parent])
+
+
+def _group(path: Path, config: dict[str, Any]) -> TaskManager:
+    """A manager that knows a group and the tasks beside its file; lm-eval's own too if it has such."""
+    manager = TaskManager(include_path=[path.parent], include_defaults=False)
+    members = [one if isinstance(one, str) else one.get("task") for one in config.get("task") or []]
+    if not set(members) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=[path.parent])
     for entry in manager.task_index.values():
         if entry.yaml_path is not None and entry.yaml_path.parent.samefile(path.parent):
             entry.cfg, entry.yaml_path = _own(entry.yaml_path), None
-    return manager, [config]
+    return manager
 
 
 def _own(path: Path) -> dict[str, Any]:
@@ -140,8 +155,19 @@ def _own(path: Path) -> dict[str, Any]:
     if isinstance(files, dict):
         present = {split: _beside(path, names) for split, names in files.items()}
         config["dataset_kwargs"] = arguments | {"data_files": present}
-        config |= {split: None for split in SPLITS if config.get(split) not in files}
+        evaluated = [config[name] for name in ("test_split", "validation_split") if config.get(name)]
+        if evaluated and not set(evaluated) & set(files):
+            raise ValueError(
+                f"is evaluated on {' or '.join(evaluated)}, and data_files has only {', '.join(files)}; "
+                "rename one, or set test_split"
+            )
+        config |= {name: None for name in SPLITS if config.get(name) not in files}
     return config
+
+
+def _remote(config: dict[str, Any]) -> bool:
+    """Whether a task's data come from the Hub."""
+    return config.get("dataset_path") not in (None, *_LOCAL_FORMATS) and not config.get("custom_dataset")
 
 
 def _beside(path: Path, names: Any) -> Any:
@@ -149,10 +175,6 @@ def _beside(path: Path, names: Any) -> Any:
         return [_beside(path, name) for name in names]
     beside = path.parent / str(names)
     return str(beside) if beside.exists() and not Path(str(names)).exists() else names
-
-
-def _shown(spec: str | dict[str, Any]) -> str:
-    return spec if isinstance(spec, str) else str(spec["group"])
 
 
 def _load(manager: TaskManager, spec: Any, name: str, place: str) -> dict[str, Any]:
@@ -163,7 +185,7 @@ def _load(manager: TaskManager, spec: Any, name: str, place: str) -> dict[str, A
     # No network, no such set and no such file are OSErrors, an unknown configuration is a ValueError.
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        asked = [config for config in configs if str(config.get("dataset_path")) in reason]
+        asked = [one for one in configs if _remote(one) and str(one["dataset_path"]) in reason]
         if not asked:
             raise UsageError(f"{place}: {name}: {reason}") from error
         raise UsageError(f"{place}: {_how_to_localise(asked[0], reason)}") from error
@@ -194,11 +216,7 @@ def _configs(manager: TaskManager, spec: Any) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def _without_waiting(configs: list[dict[str, Any]]) -> Iterator[None]:
     """Where the Hub cannot be reached, what is not cached fails at once, not after minutes."""
-    remote = any(
-        config.get("dataset_path") not in (None, *_LOCAL_FORMATS) and not config.get("custom_dataset")
-        for config in configs
-    )
-    if not remote or is_offline_mode():
+    if is_offline_mode() or not any(map(_remote, configs)):
         yield
         return
     try:
