@@ -187,7 +187,7 @@ def plain_weights(model: GPTForCausalLM, name: str) -> tuple[Weights, GPTConfig]
     if missing := FORMS[name].missing(config):
         other = form_of(config)
         instead = f"; use --to {other}" if other else ", nor does any other form"
-        raise UsageError(f"--to {name}: it has no {', no '.join(missing)}{instead}")
+        raise UsageError(f"--to {name}: cannot express {', '.join(missing)}{instead}")
     weights, config = without_logit_scale(model.state_dict(), config)
     return with_own_keys(weights, config) if name == "gpt2" else (weights, config)
 

@@ -104,12 +104,12 @@ def test_parity_sees_a_difference() -> None:
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
-        ("llama", QK, "--to llama: it has no qk_norm: True; use --to qwen3"),
-        ("qwen3", {}, "no qk_norm: False; use --to llama"),
-        ("gpt2", {}, "no norm: rmsnorm, no position: rope, no mlp: swiglu; use --to llama"),
+        ("llama", QK, "--to llama: cannot express qk_norm: True; use --to qwen3"),
+        ("qwen3", {}, "cannot express qk_norm: False; use --to llama"),
+        ("gpt2", {}, "cannot express norm: rmsnorm, position: rope, mlp: swiglu; use --to llama"),
         ("llama", CLASSIC, "use --to gpt2"),
         ("gpt2", CLASSIC | {"head_dim": 8}, "head_dim: 8 .*nor does any other form"),
-        ("llama", {"mlp": "gelu"}, "no mlp: gelu, nor does any other form"),
+        ("llama", {"mlp": "gelu"}, "cannot express mlp: gelu, nor does any other form"),
     ],
 )
 def test_what_a_form_cannot_express_is_refused(form: str, changes: dict[str, Any], message: str) -> None:
