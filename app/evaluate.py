@@ -111,7 +111,7 @@ def evaluate(
         check_writable(folder)
         reports.append([])
         for task in loaded:
-            said.print(f"{name}: {task.name}, {min(limit or task.documents, task.documents):,} documents")
+            said.print(f"{name}: {task.name}, {task.documents(limit):,} documents")
             report = evaluate_task(model, tokenizer, task, settings, progress=True)
             report |= {"model": name, "identity": identity}
             report["file"] = str(save_report(report, folder, log_samples))

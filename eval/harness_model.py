@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
@@ -22,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import track
 
+from trueup.eval.kl import CHUNK_ELEMENTS
 from trueup.eval.sampler import eos_ids, token_log_probs
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         # Whatever is done to sys.stderr while lm-eval is at work: the bar goes to where it is now.
-        self.console = Console(file=sys.stderr, quiet=not progress)
+        self.console = Console(file=sys.stderr, quiet=not (progress and sys.stderr.isatty()))
         self._device = next(model.parameters()).device
         self.batch_size = batch_size or BATCH_SIZE.get(self._device.type, GPU_BATCH_SIZE)
         if add_bos_token is None:
@@ -118,15 +120,24 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text; one that ends with the assistant is continued."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        """A conversation as text; one that ends with the assistant is continued.
+
+        Where a template knows no system turn, what it would say stands before the user's first words.
+        """
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        try:
+            return str(render(chat_history))
+        except TemplateError:
+            if chat_history[0]["role"] != "system":
+                raise
+            system, user, *rest = chat_history
+            asked = user | {"content": f"{system['content']}\n\n{user['content']}"}
+            return str(render([asked, *rest]))
 
     # ----------------------------------------------------------------------------------- log-likelihoods
 
@@ -175,9 +186,17 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _scores(self, rows: list[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
-        """One forward. Rows are padded on the right, where causal attention does not look."""
+        """One forward, or as many as it takes for the logits to fit in memory.
+
+        Rows are padded on the right, where causal attention does not look.
+        """
         width = max(len(context) + len(answer) - 1 for context, answer in rows)
         first = min(len(context) - 1 for context, _ in rows)  # logits exist from here on alone
+        budget = CHUNK_ELEMENTS.get(self._device.type, 1 << 23)
+        most = max(1, budget // ((width - first) * self.model.config.get_text_config().vocab_size))
+        if len(rows) > most:
+            starts = range(0, len(rows), most)
+            return [score for start in starts for score in self._scores(rows[start : start + most])]
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         targets = torch.zeros_like(ids)
         places = []
@@ -231,15 +250,14 @@ class HarnessModel(TemplateLM):
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         stop = [text for text in settings["until"] if text]
+        pad = self.tokenizer.pad_token_id
         unused = {"until"} if settings["do_sample"] else {"until", "temperature"}
         made = self.model.generate(
             input_ids=ids.to(self._device),
             attention_mask=mask.to(self._device),
             max_new_tokens=length,
             eos_token_id=sorted(eos_ids(self.model, self.tokenizer)),
-            pad_token_id=self.eot_token_id
-            if self.tokenizer.pad_token_id is None
-            else self.tokenizer.pad_token_id,
+            pad_token_id=self.eot_token_id if pad is None else pad,
             use_cache=True,
             **({"stop_strings": stop, "tokenizer": self.tokenizer} if stop else {}),
             **{name: value for name, value in settings.items() if name not in unused},

@@ -44,10 +44,10 @@ class LoadedTask:
         """Whether it asks through the chat template unless told otherwise."""
         return any((task.config.metadata or {}).get(CHAT) for task in self.loaded["tasks"].values())
 
-    @property
-    def documents(self) -> int:
-        """How many there are to evaluate on."""
-        return sum(len(task.eval_docs) for task in self.loaded["tasks"].values())
+    def documents(self, limit: int | None = None) -> int:
+        """How many there are to evaluate on, at most `limit` of each task."""
+        sizes = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
+        return sum(size if limit is None else min(size, limit) for size in sizes)
 
 
 def load_tasks(names: list[str], validation: bool = False, place: str = "--tasks") -> list[LoadedTask]:

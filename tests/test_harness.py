@@ -256,7 +256,7 @@ def test_training_measures_on_validation_splits(tmp_path: Path) -> None:
     files = {"test": "quiz.jsonl", "validation": "few.jsonl"}
     (tmp_path / "few.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
     path = quiz(tmp_path, dataset_kwargs={"data_files": files}, validation_split="validation")
-    sizes = [load_tasks([str(path)], validation=wanted)[0].documents for wanted in (False, True)]
+    sizes = [load_tasks([str(path)], validation=wanted)[0].documents() for wanted in (False, True)]
     assert sizes == [5, 1]
 
 
@@ -380,12 +380,13 @@ def test_stock_tasks_run_on_local_files(tmp_path: Path) -> None:
         doc_to_target="gold", metric_list=[{"metric": "acc", "aggregation": "mean"}],
     )  # fmt: skip
     tasks = {task.name: task for path in [*paths, group, own] for task in load_tasks([str(path)])}
-    sizes = {name: task.documents for name, task in tasks.items()}
+    sizes = {name: task.documents() for name, task in tasks.items()}
     assert sizes == {"arc_easy": 2376, "piqa": 1838, "blimp_two": 2000, "copa": 100}
     found = {name: small(task) for name, task in tasks.items()}
     good = found["blimp_two"]["samples"][members[0]][0]
     assert good["arguments"][0] == ["", " Katherine can't help herself."]
     assert found["piqa"]["chance"]["piqa"] == 0.5
+    assert tasks["blimp_two"].documents(limit=4) == 8
     assert all(0 <= figure.value <= 1 for report in found.values() for figure in figures(report))
 
 

@@ -1,5 +1,6 @@
 """A model behind lm-eval's interface: tokens, log-likelihoods and replies against computations by hand."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import eval_models
 import pytest
 import torch
 from harness_models import TEXTS, nats, request
+from jinja2.exceptions import TemplateError
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerFast
 
+from trueup.eval import harness_model
 from trueup.eval.harness_model import HarnessModel, Lengths
 from trueup.eval.rendering import encode_prompt
 
@@ -46,6 +49,19 @@ def test_texts_begin_as_they_did_in_training() -> None:
     assert asked.tok_encode(rendered) == encode_prompt(tokenizer, conversation)  # one bos, not two
 
 
+def test_a_template_without_system_turns_hears_it_from_the_user() -> None:
+    asked = harness()
+    asked.tokenizer = copy.deepcopy(eval_models.tokenizer())
+    asked.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}|{% endfor %}"
+    )
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert asked.apply_chat_template(turns) == "user: Be brief.\n\nhi|"
+    with pytest.raises(TemplateError):
+        harness().apply_chat_template([{"role": "nobody", "content": "hi"}])
+
+
 @pytest.mark.parametrize(("family", "expected"), [("gpt", True), ("gpt2", False)])
 def test_where_the_tokenizer_puts_no_bos_the_model_decides(
     family: str, expected: bool, tmp_path: Path
@@ -71,6 +87,14 @@ def test_log_likelihoods_are_those_of_a_plain_forward_in_any_batch(family: str) 
         assert one[0] == pytest.approx(expected, abs=1e-4)
         assert other[0] == pytest.approx(expected, abs=1e-4)
         assert one[1] == other[1]
+
+
+def test_little_memory_does_not_change_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request("loglikelihood", *pair) for pair in PAIRS]
+    plenty = harness().loglikelihood(requests)
+    monkeypatch.setitem(harness_model.CHUNK_ELEMENTS, "cpu", 1)
+    for one, other in zip(harness().loglikelihood(requests), plenty, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_greedy_is_what_the_model_would_say() -> None:
