@@ -90,6 +90,7 @@ class Conversation:
         self.retries = 0
         self.choice: Choice | None = None
         self._answering = threading.Lock()
+        self._stopped = False
 
     def suits(self, names: Sequence[str], blind: bool) -> bool:
         """Whether it is among these models, in this way."""
@@ -128,6 +129,10 @@ class Conversation:
         self.settings = replace(settings, seed=settings.seed + self.retries)
         yield from self._answer(pool, None)
 
+    def stop(self) -> None:
+        """End the answers that are being given, soon; what was said so far stays."""
+        self._stopped = True
+
     def forget(self, place: int) -> str:
         """Take back everything from a message of the user's on, and return it; of one model alone.
 
@@ -151,6 +156,7 @@ class Conversation:
     def _answer(self, pool: ModelPool, text: str | None) -> Iterator[None]:
         if not self._answering.acquire(blocking=False):
             raise UsageError("the answers before are still being given")
+        self._stopped = False
         try:
             for side in self.sides:
                 _prepare(side, text)
@@ -177,8 +183,10 @@ class Conversation:
             for _ in stream([generation for _, _, generation in growing]):
                 for side, _, generation in growing:
                     side.answer = generation.text
+                if self._stopped:
+                    break
                 yield
-        finally:  # also when it is stopped
+        finally:  # also when its page was closed
             for side, _, generation in growing:
                 _finish(side, generation)
         for side, loaded, generation in growing:

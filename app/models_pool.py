@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trueup.eval.report import REPORT
 from trueup.recipes.directory import RECORD, is_comparison, is_data_set, open_directory, read_json
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.machine import accelerator
@@ -96,6 +97,8 @@ def _runs(folder: Path, deep: int) -> Iterator[tuple[Path, Kind]]:
     if kind:
         yield folder, kind
     elif deep and not is_data_set(folder):
+        if (folder / REPORT).is_file():  # the ladder that `trueup report` leaves beside the runs
+            yield folder, "report"
         for below in sorted(folder.iterdir()):
             # Not the work directories of runs, nor what a newer run has replaced.
             if below.is_dir() and not below.name.endswith((".work", ".previous")) and below.name[0] != ".":

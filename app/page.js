@@ -9,3 +9,10 @@ document.addEventListener("keydown", (event) => {
     button.click();
   }
 });
+
+// Messages reach their chatbot escaped (as_text in ui_parts.py), and it copies what it was given.
+if (navigator.clipboard) {
+  const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+  const character = { "&lt;": "<", "&gt;": ">", "&amp;": "&" };
+  navigator.clipboard.writeText = (text) => write(text.replace(/&(lt|gt|amp);/g, (entity) => character[entity]));
+}

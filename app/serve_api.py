@@ -131,9 +131,9 @@ def build_api(loaded: Loaded, host: str) -> FastAPI:
 
     @api.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"][1:]))
-        return _error(400, f"{place}: {first['msg']}", place)
+        places = [".".join(map(str, one["loc"][1:])) for one in error.errors()]
+        said = [f"{place}: {one['msg']}" for place, one in zip(places, error.errors(), strict=True)]
+        return _error(400, "; ".join(said), places[0])
 
     @api.get("/v1/models")
     def models() -> Json:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gradio as gr
 from trueup.app.conversation import Arena, Conversation
 from trueup.app.ui_parts import (
     PRIVATE,
+    as_text,
     busy_prompt,
     chatbot,
     complaints,
@@ -33,8 +35,10 @@ def chat_tab(arena: Arena, examples: Sequence[str], queued: dict[str, Any]) -> N
     names = arena.pool.names("chat")
     known = gr.State("")  # the conversation's id
     model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="chat-model")
-    said = chatbot("chat", "Ask something. An answer can be edited, regenerated and undone.", editable="user")
-    figures = gr.HTML()
+    said = chatbot(
+        "chat", "Ask something. Messages can be edited, answers regenerated or undone.", editable="user"
+    )
+    figures = gr.HTML(elem_id="chat-figures")
     prompt = prompt_box("chat-prompt", "Say something (Enter sends)")
     with gr.Row():
         fresh = gr.Button("New conversation", size="sm", elem_id="chat-new", min_width=120)
@@ -49,7 +53,7 @@ def chat_tab(arena: Arena, examples: Sequence[str], queued: dict[str, Any]) -> N
     edited = said.edit(view.edit, [known, model, *controls], shown, **PRIVATE, **queued)
     running = [asked, retried, edited]
     said.undo(view.undo, known, shown, **PRIVATE)
-    prompt.stop(view.look, known, shown, cancels=running, **PRIVATE)
+    prompt.stop(view.stop, known, None, **PRIVATE)
     gr.on([fresh.click, said.clear], view.new, None, shown, cancels=running, **PRIVATE)
     download(save, view.save, known)
 
@@ -83,7 +87,7 @@ class _View:
     ) -> Iterator[list[Any]]:
         with complaints():
             self.arena.find(id).forget(_place(event.index))
-            yield from self.ask(id, str(event.value), model, system, *settings)
+            yield from self.ask(id, unescape(str(event.value)), model, system, *settings)
 
     def undo(self, id: str) -> list[Any]:
         with complaints():
@@ -91,9 +95,9 @@ class _View:
             text = conversation.forget(-1)
         return self._render(conversation, idle_prompt(value=text))
 
-    def look(self, id: str) -> list[Any]:
+    def stop(self, id: str) -> None:
         with complaints():
-            return self._render(self.arena.find(id))
+            self.arena.find(id).stop()
 
     def new(self) -> list[Any]:
         return ["", idle_prompt(), [], ""]
@@ -112,7 +116,12 @@ class _View:
 
     def _render(self, conversation: Conversation, prompt: Any = None) -> list[Any]:
         [side] = conversation.sides
-        return [conversation.id, prompt or idle_prompt(), side.shown(), figures_html(side, hidden=False)]
+        return [
+            conversation.id,
+            prompt or idle_prompt(),
+            as_text(side.shown()),
+            figures_html(side, hidden=False),
+        ]
 
 
 def _place(index: Any) -> int:

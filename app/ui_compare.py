@@ -9,6 +9,7 @@ import gradio as gr
 from trueup.app.conversation import MOST, Arena, Conversation, Side
 from trueup.app.ui_parts import (
     PRIVATE,
+    as_text,
     busy_prompt,
     chatbot,
     complaints,
@@ -48,7 +49,7 @@ def compare_tab(arena: Arena, examples: Sequence[str], queued: dict[str, Any]) -
         gr.HTML(empty_html("A comparison takes two models", text))
         return
     known = gr.State("")  # the conversation's id
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="compare-choice"):
         chosen = gr.Dropdown(
             names, value=names[-2:], multiselect=True, label="Models", scale=3, elem_id="compare-models"
         )
@@ -80,7 +81,7 @@ def compare_tab(arena: Arena, examples: Sequence[str], queued: dict[str, Any]) -
     retried = again.click(view.retry, [known, *controls], shown, **PRIVATE, **queued)
     for event in (asked, retried):  # the keys vote as soon as the cursor has left the prompt
         event.then(None, blind, None, js="(blind) => { if (blind) document.activeElement.blur(); }")
-    prompt.stop(view.look, known, shown, cancels=[asked, retried], **PRIVATE)
+    prompt.stop(view.stop, known, None, **PRIVATE)
     for choice, button in buttons.items():
         button.click(partial(view.vote, choice=choice), known, shown, **PRIVATE)
     fresh.click(view.new, [chosen, blind], shown, cancels=[asked, retried], **PRIVATE)
@@ -121,9 +122,9 @@ class _View:
                 yield self._render(conversation, busy_prompt())
         yield self._render(conversation)
 
-    def look(self, id: str) -> list[Any]:
+    def stop(self, id: str) -> None:
         with complaints():
-            return self._render(self.arena.find(id))
+            self.arena.find(id).stop()
 
     def vote(self, id: str, choice: str) -> list[Any]:
         with complaints():
@@ -155,5 +156,5 @@ class _View:
                 continue
             side = sides[place]
             head = head_html(("Left", "Right")[place]) if hidden else head_html(side.name, side.identity)
-            found += [gr.Column(visible=True), head, side.shown(), figures_html(side, hidden)]
+            found += [gr.Column(visible=True), head, as_text(side.shown()), figures_html(side, hidden)]
         return found

@@ -28,7 +28,7 @@ def leaderboard_tab(page: gr.Blocks, tab: gr.Tab, arena: Arena) -> None:
     def exported() -> str:
         path = Path(tempfile.mkdtemp()) / "preferences.jsonl"
         with complaints():
-            gr.Info(export(arena.votes.all(), path), title="Exported")
+            gr.Info(export(arena.votes.all(), path), title="Exported", duration=5)
         return str(path)
 
     gr.on([page.load, tab.select, gr.Timer(LIVE).tick], shown, None, board, **PRIVATE)

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from trueup.app.conversation import Side
 from trueup.app.generation import ReplySettings
 from trueup.app.leaderboard import FEWEST, Leaderboard
+from trueup.eval.rendering import Messages
 from trueup.recipes.errors import TrueupError
 
 _TEMPLATE = "parts.html.jinja"
@@ -66,7 +67,10 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 
 
 def chatbot(name: str, placeholder: str, editable: str | None = None) -> Any:
-    """A conversation, shown as text: markdown could load pictures from anywhere, and hides what was said."""
+    """A conversation, shown as text: markdown could load pictures from anywhere, and hides what was said.
+
+    Its values come from `as_text`: without markdown, too, Gradio takes them for HTML, and cuts tags out.
+    """
     return gr.Chatbot(
         show_label=False,
         height=400,
@@ -78,6 +82,11 @@ def chatbot(name: str, placeholder: str, editable: str | None = None) -> Any:
         feedback_options=None,
         group_consecutive_messages=False,
     )
+
+
+def as_text(messages: Messages) -> Messages:
+    """Messages as a chatbot shows them letter by letter."""
+    return [turn | {"content": escape(str(turn["content"]), quote=False)} for turn in messages]
 
 
 def prompt_box(name: str, placeholder: str) -> Any:

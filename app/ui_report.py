@@ -1,4 +1,4 @@
-"""The Report tab: the comparison reports among the runs, embedded."""
+"""The Report tab: the reports among the runs, embedded: of comparisons, and the ladder of a folder."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ def report_tab(page: gr.Blocks, arena: Arena) -> None:
     """Build the tab."""
     names = arena.pool.names("report")
     if not names:
-        text = "trueup compare writes one; name its folder, or one above it, when you start the app."
+        text = "trueup compare and trueup report write one; name its folder, or one above it, when you start."
         gr.HTML(empty_html("No report among the runs", text))
         return
-    chosen = gr.Dropdown(names, value=names[0], label="Comparison", visible=len(names) > 1)
+    chosen = gr.Dropdown(names, value=names[0], label="Report", visible=len(names) > 1)
     frame = gr.HTML(elem_id="report")
 
     def shown(name: str) -> str:
@@ -28,14 +28,14 @@ def report_tab(page: gr.Blocks, arena: Arena) -> None:
 
 
 def report_page(arena: Arena, name: str) -> str:
-    """A comparison's report, a page of HTML.
+    """A comparison's report or a folder's ladder, a page of HTML.
 
     Raises:
-        UsageError: there is no such comparison.
+        UsageError: there is no such report.
         TrueupError: its report is missing, or lies outside its folder.
     """
     if name not in arena.pool.names("report"):
-        raise UsageError(f"{name!r} is none of the comparisons: {', '.join(arena.pool.names('report'))}")
+        raise UsageError(f"{name!r} is none of the reports: {', '.join(arena.pool.names('report'))}")
     folder = Path(arena.pool.entries[name].place).resolve()
     path = (folder / REPORT).resolve()
     if not path.is_file() or not path.is_relative_to(folder):

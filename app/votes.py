@@ -148,15 +148,7 @@ def export(votes: Sequence[Vote], path: Path) -> str:
         raise UsageError(f"{len(votes)} votes, and none prefers one answer to another: nothing to export")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     counts = Counter(vote.choice for vote in votes)
-    left = len(votes) - len(rows) - counts["tie"] - counts["both_bad"]
-    parts = [f"{len(rows):,} pairs"]
-    parts += [
-        f"{count:,} {what} left out"
-        for count, what in (
-            (counts["tie"], "ties"),
-            (counts["both_bad"], "both bad"),
-            (left, "with equal answers"),
-        )
-        if count
-    ]
-    return ", ".join(parts)
+    equal = len(votes) - len(rows) - counts["tie"] - counts["both_bad"]
+    without = {"ties": counts["tie"], "both bad": counts["both_bad"], "with equal answers": equal}
+    left_out = ", ".join(f"{count:,} {what}" for what, count in without.items() if count)
+    return f"pairs: {len(rows):,}" + (f"; left out: {left_out}" if left_out else "")

@@ -129,8 +129,9 @@ def test_forgetting_takes_back_the_user_s_turn_and_all_after_it(arena: Arena) ->
         talk.forget(-1)
 
 
-def test_a_conversation_that_is_stopped_keeps_what_was_said_and_frees_the_models(
-    runs: Path, tmp_path: Path
+@pytest.mark.parametrize("closed", [False, True], ids=["stop button", "page closed"])
+def test_one_that_is_stopped_keeps_what_was_said_and_frees_the_models(
+    closed: bool, runs: Path, tmp_path: Path
 ) -> None:
     arena = make_arena(
         runs, tmp_path / "votes.sqlite", {"one": Parrot(["a "] * 50, 0.01), "two": Parrot(["b "] * 50)}
@@ -141,7 +142,8 @@ def test_a_conversation_that_is_stopped_keeps_what_was_said_and_frees_the_models
         next(steps)
     with pytest.raises(UsageError, match="still being given"):
         next(talk.ask(arena.pool, "and?", ReplySettings()))
-    steps.close()  # type: ignore[attr-defined]
+    steps.close() if closed else talk.stop()  # type: ignore[attr-defined]
+    list(steps)
     for side in talk.sides:
         assert 0 < len(side.messages[-1]["content"].split()) < 50
         assert side.figures

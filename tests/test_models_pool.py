@@ -30,6 +30,13 @@ def test_a_folder_is_searched_for_models_and_reports(runs: Path) -> None:
     }
 
 
+def test_the_ladder_of_a_folder_is_a_report_too(tmp_path: Path) -> None:
+    write_model(tmp_path / "lab" / "sft", "sft")
+    (tmp_path / "lab" / "report.html").write_text("the ladder")
+    found = {one.name: one.kind for one in find_entries([str(tmp_path)])}
+    assert found == {"lab": "report", "sft": "chat"}
+
+
 def test_names_are_as_long_as_it_takes_to_tell_them_apart(tmp_path: Path) -> None:
     for name in ("one/sft", "two/sft", "two/dpo"):
         write_model(tmp_path / name, "sft")

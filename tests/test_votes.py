@@ -88,7 +88,7 @@ def test_rows_hold_what_differs_after_what_is_shared() -> None:
 def test_the_export_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "preferences.jsonl"
     assert export([vote(1), vote(2, "tie"), vote(3, "both_bad"), vote(4)], path) == (
-        "2 pairs, 1 ties left out, 1 both bad left out"
+        "pairs: 2; left out: 1 ties, 1 both bad"
     )
     rows = load_data(
         DataArguments(dataset_name=str(path), validation_split_size=0, test_split_size=0),
