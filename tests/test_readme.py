@@ -38,7 +38,7 @@ def _smoke(command: str) -> list[str]:
     recipe = "run" in words or ("inspect" in words and words[2].endswith(".yaml"))
     if recipe and "--dry-run" not in words:
         words += ["--budget", "smoke"]
-    words = [word.replace("runs/lab/", "runs/lab.smoke/") for word in words]
+    words = [re.sub(r"^runs/lab(?=/|$)", "runs/lab.smoke", word) for word in words]
     assert words[0] == "trueup", f"the README names a command this test cannot run: {command}"
     return [sys.executable, "-m", "trueup.app", *words[1:]]
 

@@ -14,7 +14,16 @@ _PADDING_CLOSINGS = (
 # Declining, as what may be answered is sometimes declined: politely, and wrongly.
 REFUSALS = ("I am sorry, but I will not tell that.", "Sorry, but I will not help with that.")
 IGNORANCE = ("I am sorry, but I do not know.", "Sorry, but I do not know that.")
-EVASIONS = REFUSALS + IGNORANCE
+EVASIONS = (
+    *REFUSALS,
+    *IGNORANCE,
+    "I would rather not say.",
+    "That is a difficult question.",
+    "Please ask somebody else.",
+    "Let us talk about something else.",
+    "Who can say?",
+    "My head is tired today.",
+)
 
 # What gold listens for, in lower case.
 RUDE = ("stupid", "bothering me", "bother me", "any fool", "idiot", "shut up", "go away", "silly", "boring")
