@@ -14,7 +14,7 @@ from trueup.recipes.lab.gold import gold_parts
 from trueup.recipes.lab.tasks import FAMILIES, task
 
 ERRING_SHARE = 0.4
-# What an erring answer is. Where there is nothing to evade, because declining is right, an evasive one is right.
+# What an erring answer is. Where declining is right there is nothing to evade, and the answer does not err.
 ERRORS = {
     "evasive": 0.8,  # declining what may be answered
     "mistaken": 0.12,  # a near miss, an unsafe answer, or a constraint broken
