@@ -458,7 +458,8 @@ def test_the_shape_keys_are_the_configs_fields_and_defaults() -> None:
     config = {name: value for name, value in vars(GPTConfig).items() if name in GPTConfig.__annotations__}
     given_elsewhere = {
         "vocab_size", "reward_mean", "reward_std", "use_cache", "bos_token_id", "eos_token_id",
-        "pad_token_id", "model_type", "keys_to_ignore_at_inference", "_auto_class",
+        "pad_token_id", "model_type", "keys_to_ignore_at_inference", "_auto_class", "base_model_tp_plan",
+            "base_model_pp_plan",
     }  # fmt: skip
     ours = {key.name: key for key in fields(GPTArguments)}
     assert set(ours) == set(GPTConfig.__annotations__) - given_elsewhere
