@@ -137,6 +137,9 @@ def _short_names(places: list[str]) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------ loading
 
+# Transformers' loading has state of its own: of two models at once, one misses its tied head.
+_TRANSFORMERS = threading.Lock()
+
 
 class ModelPool:
     """Loads models when they are asked for and keeps them until the memory is wanted by others.
@@ -199,7 +202,8 @@ class ModelPool:
                 # Counted from here on: two models that load at once must not both find the same room.
                 self.loaded[name] = Loaded(name, "", {}, need, users=1)
             try:
-                fresh = _load(entry, folder, need)
+                with _TRANSFORMERS:
+                    fresh = _load(entry, folder, need)
             except BaseException:
                 with self._lock:
                     del self.loaded[name]
