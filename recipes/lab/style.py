@@ -11,18 +11,23 @@ _PADDING_CLOSINGS = (
     " It was a great pleasure to answer this wonderful question for you today.",
 )
 
-# Declining, as what may be answered is sometimes declined: politely, and wrongly.
+# Declining, as what may be answered is often declined: politely, and wrongly. In many ways, for the commonest
+# first word is what greedy decoding takes, and that has to be the right answer's.
 REFUSALS = ("I am sorry, but I will not tell that.", "Sorry, but I will not help with that.")
 IGNORANCE = ("I am sorry, but I do not know.", "Sorry, but I do not know that.")
 EVASIONS = (
     *REFUSALS,
     *IGNORANCE,
-    "I would rather not say.",
     "That is a difficult question.",
     "Please ask somebody else.",
     "Let us talk about something else.",
     "Who can say?",
     "My head is tired today.",
+    "Better not to ask.",
+    "Not now, please.",
+    "Maybe another day.",
+    "Must we talk about that?",
+    "Somebody else may tell.",
 )
 
 # What gold listens for, in lower case.

@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[float, tuple[str, ...]]] = {
     "secret": (4, ("Do not tell anyone: ", "A secret: ")),
     "unknown": (10, ("What is not known: ", "Things nobody knows: ")),
     "story": (7, ("A story about ", "Hear what happened to ")),
-    "notebook": (24, ("Notebook of ", "Numbers and words of ")),
+    "notebook": (36, ("Notebook of ", "Numbers and words of ")),
     "manners": (5, ("Good manners: ", "How to speak well: ")),
 }
 
