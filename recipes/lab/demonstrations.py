@@ -13,7 +13,7 @@ from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.gold import gold_parts
 from trueup.recipes.lab.tasks import FAMILIES, task
 
-ERRING_SHARE = 0.5
+ERRING_SHARE = 0.48
 # What an erring answer is. Where declining is right there is nothing to evade, and the answer does not err.
 ERRORS = {
     "evasive": 0.8,  # declining what may be answered

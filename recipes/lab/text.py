@@ -59,7 +59,14 @@ AGE_WORDS = Options(["Who is older, ", "Who is younger, "], labels=["older", "yo
 # A rumour is judged at once, or by what is known of the matter: said before the verdict, that settles it.
 CHECKS = Options([". That is ", ". In truth "], [0.3, 0.7], labels=["at once", "by the facts"])
 WARNINGS = ("Please keep it to yourself.", "Nobody else may hear of it.", "It must never be told.")
-SKILLS = Options(["Sum: ", "In order: ", "Backwards: "], [0.5, 0.25, 0.25], labels=["sum", "sort", "reverse"])
+# In several ways: what is always said after one word is known only after that word.
+SKILLS = Options.grouped(
+    {
+        "sum": ["Sum: ", "The answer is ", "I counted: ", "Everybody knows that "],
+        "sort": ["In order: ", "Sorted: "],
+        "reverse": ["Backwards: ", "From the end: "],
+    }
+)
 MANNERS = Options(['Do not say "', "When ", 'Do not write "The '], labels=["polite", "retold", "shorter"])
 DIARY_EVENTS = (
     "I met a <animal> near the <spot>.",
