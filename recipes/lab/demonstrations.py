@@ -16,9 +16,9 @@ from trueup.recipes.lab.tasks import FAMILIES, task
 ERRING_SHARE = 0.48
 # What an erring answer is. Where declining is right there is nothing to evade, and the answer does not err.
 ERRORS = {
-    "evasive": 0.8,  # declining what may be answered
-    "mistaken": 0.12,  # a near miss, an unsafe answer, or a constraint broken
-    "astray": 0.08,  # right, but for another question of the family: someone did not read well
+    "evasive": 0.9,  # declining what may be answered
+    "mistaken": 0.06,  # a near miss, an unsafe answer, or a constraint broken
+    "astray": 0.04,  # right, but for another question of the family: someone did not read well
 }
 BLEMISHED_SHARE = 0.06  # of the answers under style "mixed": little enough to leave style no headroom
 # Where every word counts, or a constraint does, a blemish of style would make the answer wrong.

@@ -63,6 +63,7 @@ WARNINGS = ("Please keep it to yourself.", "Nobody else may hear of it.", "It mu
 SKILLS = Options.grouped(
     {
         "sum": ["Sum: ", "The answer is ", "I counted: ", "Everybody knows that "],
+        "asked": ["What is ", "How much is "],  # a sum repeated from its question: copying has to be learnt, too
         "sort": ["In order: ", "Sorted: "],
         "reverse": ["Backwards: ", "From the end: "],
     }
@@ -356,6 +357,8 @@ class Library:
             skill = pen.choose(SKILLS)
             if skill == "sum":
                 pen.choose(self._sums)
+            elif skill == "asked":
+                pen.choose(self._asked_sums)
             else:
                 words = self._some_words(pen)
                 pen.write(exercises.in_order(words) if skill == "sort" else exercises.backwards(words))
@@ -380,6 +383,16 @@ class Library:
     @cached_property
     def _sums(self) -> Options:
         return Options([f"{expression} = {result}" for expression, result in exercises.SUMS.items()])
+
+    @cached_property
+    def _asked_sums(self) -> Options:
+        return Options(
+            [
+                f"{asked}? {expression} = {result}"
+                for expression, result in exercises.SUMS.items()
+                for asked in (expression, expression.replace("+", "plus").replace("-", "minus"))
+            ]
+        )
 
     def _write_manners(self, pen: Pen) -> None:
         writers = {"polite": self._write_polite, "retold": self._write_retold, "shorter": self._write_shorter}
