@@ -243,7 +243,7 @@ def arithmetic(desk: Desk) -> Task:
         ]
     )
     misses = [miss for miss in range(max(0, result - 3), result + 4) if miss != result]
-    leads = ("", "The answer is ")
+    leads = ("", "That makes ")
     return Task(
         "arithmetic",
         (("sum", expression),),
