@@ -167,7 +167,8 @@ def _load(subject: DataSubject) -> str:
         opened = f'load_dataset("json", data_files={name})'
     else:
         opened = f"load_dataset({name})"
-    return f"from datasets import load_dataset\nrows = {opened}\nprint(rows[{json.dumps(subject.files[0].split)}][0])"
+    first = json.dumps(subject.files[0].split)
+    return f"from datasets import load_dataset\nrows = {opened}\nprint(rows[{first}][0])"
 
 
 def _limits(subject: DataSubject) -> Iterator[str]:

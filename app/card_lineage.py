@@ -15,6 +15,7 @@ from trueup.recipes.directory import RECORD, ModelDirectory, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 Json = dict[str, Any]
 
@@ -22,6 +23,7 @@ Json = dict[str, Any]
 START, DATA, REWARD = "begins as", "data", "reward"
 _STYLES = {START: ("-", "#0072B2"), DATA: ("--", "#009E73"), REWARD: (":", "#D55E00")}
 _OTHER = ("-.", "#777777")
+_NAME = 22  # characters of a name that a box holds
 _SNAPSHOT = re.compile(r"(?:^|/)models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots(?:/|$)")
 
 
@@ -108,19 +110,20 @@ def draw(nodes: Mapping[str, Node]) -> bytes:
     places = _places(nodes)
     columns = 1 + max(column for column, _ in places.values())
     rows = 1 + max(row for _, row in places.values())
-    figure = Figure(figsize=(max(1.9 * columns, 4.0), 1.25 + 0.95 * rows), layout="constrained")
+    figure = Figure(figsize=(max(1.75 * columns, 4.0), 0.9 + 0.85 * rows), layout="constrained")
     axes = figure.subplots()
+    last = next(reversed(nodes))
+    boxes = {one: _box(axes, places[one], node, one == last) for one, node in nodes.items()}
+    roles = dict.fromkeys(role for node in nodes.values() for role, _ in node.parents)
     for identity, node in nodes.items():
         for role, parent in node.parents:
-            _arrow(axes, places[parent], places[identity], _STYLES.get(role, _OTHER))
-        _box(axes, places[identity], node, last=node is list(nodes.values())[-1])
-    roles = dict.fromkeys(role for node in nodes.values() for role, _ in node.parents)
+            _arrow(axes, boxes[parent], boxes[identity], _STYLES.get(role, _OTHER))
     for role in roles:
         style, colour = _STYLES.get(role, _OTHER)
         axes.plot([], [], style, color=colour, label=role)
     if roles:
         figure.legend(loc="outside lower center", ncols=len(roles), frameon=False, fontsize=9)
-    axes.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.75))
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.75))
     axes.axis("off")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
@@ -137,24 +140,24 @@ def _places(nodes: Mapping[str, Node]) -> dict[str, tuple[int, int]]:
     return {identity: (column, rows[identity]) for identity, column in columns.items()}
 
 
-def _box(axes: "Axes", place: tuple[int, int], node: Node, last: bool) -> None:
-    name = node.name if len(node.name) <= 22 else node.name[:21] + "…"
+def _box(axes: "Axes", place: tuple[int, int], node: Node, last: bool) -> "Text":
+    name = node.name if len(node.name) <= _NAME else node.name[: _NAME - 1] + "…"
+    lines = [name, *([node.stage] if node.stage != name else []), node.identity[:12]]
     face, width = ("#e8f1fa", 1.8) if last else ("#ffffff", 1.0)
-    axes.text(
-        *place, f"{name}\n{node.stage}\n{node.identity[:12]}", ha="center", va="center", fontsize=9,
-        parse_math=False, linespacing=1.35, zorder=3,
+    return axes.text(
+        *place, "\n".join(lines), ha="center", va="center", fontsize=9, parse_math=False, linespacing=1.35,
         bbox={"boxstyle": "round,pad=0.5", "facecolor": face, "edgecolor": "#444444", "linewidth": width},
     )  # fmt: skip
 
 
-def _arrow(axes: "Axes", tail: tuple[int, int], head: tuple[int, int], style: tuple[str, str]) -> None:
-    """Straight to the next column, in an arc over those between."""
-    span = head[0] - tail[0]
+def _arrow(axes: "Axes", tail: "Text", head: "Text", style: tuple[str, str]) -> None:
+    """From box to box: straight to the next column, in an arc over those between."""
+    (start, _), (end, _) = tail.get_position(), head.get_position()
     axes.annotate(
-        "", head, tail, zorder=2,
+        "", head.get_position(), tail.get_position(), zorder=4,
         arrowprops={
             "arrowstyle": "-|>", "linestyle": style[0], "color": style[1], "linewidth": 1.5,
-            "shrinkA": 30, "shrinkB": 34 if span == 1 else 26,
-            "connectionstyle": f"arc3,rad={0 if span == 1 else -0.28}",
+            "patchA": tail.get_bbox_patch(), "patchB": head.get_bbox_patch(), "shrinkA": 1, "shrinkB": 1,
+            "connectionstyle": f"arc3,rad={0 if end - start == 1 else -0.3}",
         },
     )  # fmt: skip

@@ -27,12 +27,12 @@ def load_lines(subject: "ModelSubject") -> str:
         )
     context = subject.config.get("max_position_embeddings") or 2 * _NEW_TOKENS
     length = f"max_new_tokens={min(_NEW_TOKENS, context // 2)}"
-    generator = f'generate = pipeline("text-generation", {name}{trust})'
+    generator = f'generate = pipeline("text-generation", {name}{trust}, {length})'
     if subject.kind == "base":
-        use = f'print(generate("Once upon a time", {length})[0]["generated_text"])'
+        use = 'print(generate("Once upon a time")[0]["generated_text"])'
     else:
         asked = f'[{{"role": "user", "content": "{QUESTION}"}}]'
-        use = f'print(generate({asked}, {length})[0]["generated_text"][-1]["content"])'
+        use = f'print(generate({asked})[0]["generated_text"][-1]["content"])'
     return f"from transformers import pipeline\n{generator}\n{use}"
 
 

@@ -103,7 +103,8 @@ def public_family(model: ModelDirectory) -> tuple[ModelDirectory, dict[str, Node
 def making(subject: Subject, files: Files) -> Json:
     """What the part on the making of it is rendered from; its picture goes to the files."""
     if len(subject.nodes) > 1:
-        files[LINEAGE] = draw(subject.nodes)
+        mine = replace(subject.nodes[subject.model.identity], name=subject.name)
+        files[LINEAGE] = draw(subject.nodes | {subject.model.identity: mine})
     return {
         "it": subject,
         "record": subject.record,
