@@ -19,6 +19,7 @@ Json = dict[str, Any]
 
 BASELINE = "baseline"
 MANIFEST = "manifest.json"
+PROXY = "reward_model_name_or_path"  # the key of a comparison's recipe
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def _read(folder: Path, model: ModelDirectory) -> Comparison | None:
     mine = [
         arm for arm in arms if not arm["best_of"] and model.identity in [m["identity"] for m in arm["models"]]
     ]
-    proxy = manifest.get("models", {}).get("reward_model_name_or_path", {})
-    if proxy.get("identity") == model.identity:
+    models = manifest.get("models", {}).items()
+    proxies = [one["identity"] for role, one in models if role.partition("[")[0] == PROXY]
+    if model.identity in proxies:
         mine = [arm for arm in arms if arm["best_of"]]
     if not mine:
         return None

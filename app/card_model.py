@@ -75,7 +75,8 @@ class ModelSubject(Subject):
         if architecture.endswith("ForSequenceClassification") or self.config.get("task_type") == "SEQ_CLS":
             return "reward"
         plain = self.stage == "pretrain" or self.record.get("recipe", {}).get("dataset_form") == "text"
-        return "chat" if has_template(self.model.path) and not plain else "base"
+        merged = self.model.path.absolute().parent if self.is_adapter else self.model.path
+        return "chat" if has_template(merged) and not plain else "base"
 
     @cached_property
     def parameters(self) -> int:

@@ -9,8 +9,8 @@ from trueup.recipes.reader import SECRET_KEYS
 HIDDEN = "(hidden)"
 _SECRET_KEY = re.compile(r"(^|_)(api_key|password|secret|access_token|auth_token)$")
 _SECRET = re.compile(r"\b(?:hf|sk|ghp|github_pat)[_-][A-Za-z0-9_-]{16,}")
-# Not within a URL, a Hub id or a relative path.
-_ABSOLUTE = re.compile(r"(?<![\w:/.~-])(?:/[^\s/\"'`<>|:;,()\[\]{}]+)+/?")
+# Two names deep at least (a token like </s> is no path); not within a URL, a Hub id or a relative path.
+_ABSOLUTE = re.compile(r"(?<![\w:/.~<-])(?:/[^\s/\"'`<>|:;,()\[\]{}]+){2,}/?")
 
 
 def public(value: Any, folder: Path) -> Any:
