@@ -112,7 +112,7 @@ def draw(nodes: Mapping[str, Node]) -> bytes:
     rows = 1 + max(row for _, row in places.values())
     figure = Figure(figsize=(max(1.75 * columns, 4.0), 0.9 + 0.85 * rows), layout="constrained")
     axes = figure.subplots()
-    last = next(reversed(nodes))
+    last = list(nodes)[-1]
     boxes = {one: _box(axes, places[one], node, one == last) for one, node in nodes.items()}
     roles = dict.fromkeys(role for node in nodes.values() for role, _ in node.parents)
     for identity, node in nodes.items():

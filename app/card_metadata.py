@@ -64,5 +64,5 @@ def _results(subject: ModelSubject) -> Iterator["EvalResult"]:
             metric_type="accuracy", metric_value=right["estimate"],
             metric_name=f"accuracy, 95 % interval {right['low']:.4f} to {right['high']:.4f}",
         )  # fmt: skip
-    if (comparison := subject.comparison) is not None:
-        yield from comparison.results()
+    if subject.comparison is not None and subject.kind != "reward":
+        yield from subject.comparison.results()

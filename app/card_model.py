@@ -146,6 +146,7 @@ def model_card(subject: ModelSubject) -> tuple[str, Files]:
             comparison=subject.comparison,
             frontier=FRONTIER,
             win_rates=WIN_RATES,
+            reports=[report["file"] for report in reports],
             tasks=[row for report in reports for row in _task_rows(report)],
             stale=stale,
             headlines=_figures(record, HEADLINES),
@@ -240,13 +241,20 @@ def _task_rows(report: Json) -> Iterator[Json]:
             "task": figure.task,
             "metric": figure.metric + {1: " ↑", -1: " ↓"}.get(figure.better, ""),
             "value": f"{figure.value:.4g}",
-            "reach": "not known" if figure.stderr is None else f"± {1.96 * figure.stderr:.2g}",
+            "reach": _reach(figure.stderr),
             "chance": "" if figure.chance is None else f"{figure.chance:.3g}",
             "documents": f"{figure.documents:,}" + (" (the first)" if settings.get("limit") else ""),
             "shots": report.get("n-shot", {}).get(figure.task, ""),
             "template": "on" if settings["apply_chat_template"] else "off",
-            "file": report["file"],
         }
+
+
+def _reach(stderr: float | None) -> str:
+    """Half of a 95 % interval, in words where there is none."""
+    if stderr is None:
+        return "not known"
+    reach = 1.96 * stderr
+    return "all alike" if reach == 0 else f"± {reach:.2g}" if reach < 100 else f"± {reach:,.0f}"
 
 
 def _percent(interval: Json) -> str:
@@ -273,7 +281,7 @@ def _figures(record: Json, names: Mapping[str, str]) -> list[Json]:
             continue
         error = metrics.get(f"{name}_stderr")
         reach = "" if error is None else f"± {1.96 * error:.2g}"
-        found.append({"name": name, "label": label, "value": f"{metrics[name]:.5g}", "reach": reach})
+        found.append({"label": label, "value": f"{metrics[name]:.5g}", "reach": reach})
     return found
 
 

@@ -221,8 +221,12 @@ def test_lm_eval_s_figures_come_with_all_that_swings_them(base: Path, tmp_path: 
     write_report(model)
     row = next(line for line in card(model).text.splitlines() if line.startswith("| `arc`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["`arc`", "acc ↑", "0.25", "± 0.039", "0.125", "321", "5", "on", "`eval/arc.5-shot.json`"]
+    assert cells == ["`arc`", "acc ↑", "0.25", "± 0.039", "0.125", "321", "5", "on"]
+    assert "By lm-eval (`eval/arc.5-shot.json`)" in card(model).text
     assert "Not measured: any task of lm-eval" not in card(model).text
+    found = {"acc,none": 0.0, "acc_stderr,none": 0.0}
+    write_report(model, results={"arc": found})
+    assert "| all alike |" in card(model).text, "an error of 0 is none that anybody knows"
     write_report(model, identity="another")
     text = card(model).text
     assert "0.25" not in text
@@ -234,6 +238,17 @@ def test_the_last_figures_of_the_run_with_their_reach(world: World) -> None:
     text = card(world.folder / "dpo").text
     assert "| loss on the validation split | 1.2346 | not known |" in text
     assert "| KL from the model it began as, nats per answer | 2.5 | ± 0.49 |" in text
+
+
+def test_a_run_in_no_comparison_shows_its_own_frontier(world: World, tmp_path: Path) -> None:
+    model = copied(world.folder / "ppo", tmp_path / "ppo")
+    assert "card/frontier.png" not in card(model).files
+    lines = [{"step": n, "split": "validation", "kl": n / 2, "score": 1.0, "reward": 2.0} for n in range(3)]
+    (model / "frontier.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = card(model)
+    assert bytes(found.files["card/frontier.png"]).startswith(b"\x89PNG")
+    assert "](card/frontier.png)" in found.text
+    assert "large marks" not in found.text
 
 
 def test_the_exam_of_a_reward_model(world: World, tmp_path: Path) -> None:
