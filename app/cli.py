@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from trueup.app.bench import bench
+from trueup.app.card import card_command
 from trueup.app.chat import chat
 from trueup.app.doctor import doctor, import_own_modules
 from trueup.app.evaluate import evaluate
@@ -124,6 +125,7 @@ app.command("inspect", rich_help_panel=LOOK)(inspect)
 app.command("merge", rich_help_panel=LOOK)(merge)
 app.command("doctor", rich_help_panel=LOOK)(doctor)
 app.command("report", rich_help_panel=LOOK)(report)
+app.command("card", rich_help_panel=LOOK)(card_command)
 app.command("export", rich_help_panel=LOOK)(export)
 app.command("import", rich_help_panel=LOOK)(import_)
 lab.command()(score)

@@ -13,7 +13,7 @@ from trueup.recipes.directory import check_writable
 from trueup.recipes.errors import UsageError
 
 if TYPE_CHECKING:
-    from trueup.eval.harness import Figure
+    from trueup.eval.results import Figure
 
 Report = dict[str, Any]
 
@@ -160,7 +160,7 @@ def open_model(name: str, dtype: str, device: str | None, base: str | None) -> t
 
 def show(models: list[str], reports: list[list[Report]]) -> None:
     """The scores as a table, a column for each model; then what one must know to read them."""
-    from trueup.eval.harness import figures
+    from trueup.eval.results import figures
 
     console = Console()
     short = [Path(name).name for name in models]
@@ -216,7 +216,7 @@ def _cell(figure: "Figure", other: "Figure | None") -> str:
 
 def _how(report: Report) -> str:
     """How a task was asked."""
-    from trueup.eval.harness import figures
+    from trueup.eval.results import figures
 
     shots = sorted(set(report["n-shot"].values()), key=str)
     chances = [figure.chance for figure in figures(report) if figure.chance is not None]

@@ -15,8 +15,9 @@ from harness_models import QUESTIONS, TEXTS, nats, prose, quiz, write_task
 
 from trueup.app import cli
 from trueup.eval.compare_tax import bits_per_byte
-from trueup.eval.harness import EvalSettings, evaluate, figures, save_report
+from trueup.eval.harness import EvalSettings, evaluate, save_report
 from trueup.eval.harness_tasks import OURS, LoadedTask, load_tasks
+from trueup.eval.results import figures
 from trueup.recipes.directory import identity
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.lab.datasets import rows
