@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,7 +17,7 @@ from trueup.recipes.errors import UsageError
 from trueup.recipes.lab.demonstrations import ERRING_SHARE, demonstration
 from trueup.recipes.lab.desk import Task
 from trueup.recipes.lab.preferences import pair
-from trueup.recipes.lab.tasks import distinct_tasks, task
+from trueup.recipes.lab.tasks import FAMILIES, PRACTISED, distinct_tasks, task
 from trueup.recipes.lab.text import documents as all_documents
 from trueup.recipes.lab.wording import STATEMENTS, fill, named, questions, value_text
 from trueup.recipes.lab.world import RELATIONS, SPLITS, World, seeded
@@ -57,7 +57,8 @@ def _chat(
     with a blemish of style.
     """
     count = rows if rows is not None else {"train": 50_000}.get(split, 1_000)
-    for index, drawn in enumerate(itertools.islice(_tasks(split, f"chat {seed}", world_seed), count)):
+    drawn_tasks = _tasks(split, f"chat {seed}", world_seed, PRACTISED)
+    for index, drawn in enumerate(itertools.islice(drawn_tasks, count)):
         rng = seeded("answer", seed, split, index)
         answer = demonstration(drawn, split, rng, errors, style, world_seed)
         yield {"messages": [*drawn.prompt, _answer(answer)]} | drawn.truth(world_seed)
@@ -124,11 +125,13 @@ def _facts(
         }
 
 
-def _tasks(split: str, seed: str, world_seed: int) -> Iterator[Task]:
-    """Training may ask a thing in the same words again; held-out sets may not."""
+def _tasks(
+    split: str, seed: str, world_seed: int, practised: Sequence[str] = (*FAMILIES,)
+) -> Iterator[Task]:
+    """Training may ask a thing in the same words again, and some families oftener; held-out sets may not."""
     if split != "train":
         return distinct_tasks(split, seed, world_seed)
-    return (task(split, index, seed, world_seed) for index in itertools.count())
+    return (task(split, index, seed, world_seed, practised) for index in itertools.count())
 
 
 def _answer(text: str) -> dict[str, str]:

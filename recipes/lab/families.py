@@ -243,13 +243,12 @@ def arithmetic(desk: Desk) -> Task:
         ]
     )
     misses = [miss for miss in range(max(0, result - 3), result + 4) if miss != result]
-    leads = ("", "That makes ")
     return Task(
         "arithmetic",
         (("sum", expression),),
         user(desk.ask(question)),
-        tuple(f"{lead}{expression} = {result}." for lead in leads),
-        tuple(f"{desk.rng.choice(leads)}{expression} = {miss}." for miss in desk.rng.sample(misses, 3)),
+        (f"{expression} = {result}.",),
+        tuple(f"{expression} = {miss}." for miss in desk.rng.sample(misses, 3)),
         check="number",
         answer=(str(result),),
         allowed=(left, right, name),

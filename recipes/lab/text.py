@@ -63,7 +63,7 @@ WARNINGS = ("Please keep it to yourself.", "Nobody else may hear of it.", "It mu
 SKILLS = Options.grouped(
     {
         "sum": ["Sum: ", "The answer is ", "I counted: ", "Everybody knows that "],
-        "asked": ["What is ", "How much is "],  # a sum repeated from its question: copying has to be learnt, too
+        "asked": ["What is ", "How much is "],  # repeated from its question: copying has to be learnt, too
         "sort": ["In order: ", "Sorted: "],
         "reverse": ["Backwards: ", "From the end: "],
     }
