@@ -125,9 +125,7 @@ def _facts(
         }
 
 
-def _tasks(
-    split: str, seed: str, world_seed: int, practised: Sequence[str] = (*FAMILIES,)
-) -> Iterator[Task]:
+def _tasks(split: str, seed: str, world_seed: int, practised: Sequence[str] = (*FAMILIES,)) -> Iterator[Task]:
     """Training may ask a thing in the same words again, and some families oftener; held-out sets may not."""
     if split != "train":
         return distinct_tasks(split, seed, world_seed)
