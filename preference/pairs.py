@@ -19,6 +19,7 @@ from trueup.preference.pairs_rules import RULES, Labeller, Rule
 from trueup.preference.pairs_samples import Candidates, CandidateSampler, Labels, Row, split_seed
 from trueup.recipes.directory import Kind, write_json
 from trueup.recipes.errors import TrueupError
+from trueup.recipes.hub import names_model
 from trueup.recipes.run import Run, is_main_process
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class PairsRecipe(DataArguments):
     def _scorers(self, device: str, autocast: Any) -> list[Scorer]:
         found = []
         for place, name in enumerate(self.reward_funcs or []):
-            options: dict[str, Any] = {"device": device, "autocast": autocast} if Path(name).is_dir() else {}
+            options: dict[str, Any] = {"device": device, "autocast": autocast} if names_model(name) else {}
             options = dict(self.judge_kwargs or {}) if name == "judge" else options
             found.append(resolve_scorer(name, f"reward_funcs[{place}]", **options))
         return found
@@ -257,7 +258,7 @@ class PairsRecipe(DataArguments):
         start = run.parents["model_name_or_path"]
         made = {
             "form": self.output_form,
-            "model": f"{start.path} ({start.identity[:12]})",
+            "model": f"{start.name} ({start.identity[:12]})",
             "prompts": self.dataset_name or "a mixture",
             "sampling": f"{self.num_generations} completions at temperature {self.temperature:g}",
             "scored_by": ", ".join(self.reward_funcs or []),
