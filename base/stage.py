@@ -19,6 +19,7 @@ from trl import ModelConfig
 from trueup.base import adapters
 from trueup.base.data import data_parents
 from trueup.base.eval_tasks import EvalTasksArguments, eval_tasks_contradictions
+from trueup.base.hub_keys import HubArguments, hub_contradictions
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.hub import is_hub_id, local_directory
@@ -31,7 +32,7 @@ def key(default: Any, help_text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class StageArguments(EvalTasksArguments):
+class StageArguments(EvalTasksArguments, HubArguments):
     """Keys of TRL and Transformers whose defaults are wrong for us, each with its reason. Goes first."""
 
     output_dir: str = key("", "Model directory to write.", required=True)
@@ -77,7 +78,7 @@ class StageArguments(EvalTasksArguments):
             found.append(("dataset_streaming", "needs max_steps: nobody knows how long a stream is"))
         if "eval_steps" in given and given.get("eval_strategy") != "steps":
             found.append(("eval_steps", "is read with eval_strategy: steps; add that"))
-        return found + eval_tasks_contradictions(given)
+        return found + eval_tasks_contradictions(given) + hub_contradictions(given)
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model it starts from, and the data sets that stages wrote."""

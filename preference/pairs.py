@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, get_args
 
 from trueup.base.data import DataArguments, Split, data_fingerprint, data_parents, load_data
+from trueup.base.hub_keys import HubArguments, hub_contradictions
 from trueup.base.stage import key
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.sampler import SamplingSettings
@@ -31,7 +32,7 @@ RECORDED = ("rows", "ties", "score_mean", "score_best_mean", "chosen_longer", "l
 
 
 @dataclass
-class PairsRecipe(DataArguments):
+class PairsRecipe(HubArguments, DataArguments):
     """Sample answers from a model, score them, and write pairs of them, or the best ones."""
 
     output_dir: str = key("", "Directory of data to write.", required=True)
@@ -114,7 +115,7 @@ class PairsRecipe(DataArguments):
             found.append(("judge_kwargs", "must name the judge's base_url and model"))
         if "judge_kwargs" in given and "judge" not in names:
             found.append(("judge_kwargs", "is read with judge among reward_funcs; add that, or delete it"))
-        return found
+        return found + hub_contradictions(given)
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model that is sampled, reward models, and prompts that a stage wrote."""

@@ -10,7 +10,7 @@ from trueup.recipes.errors import UsageError
 # Of a Hub repository what a model directory is made of: no other format of the same weights. Its code comes
 # along, and is run only where the user trusts it.
 _FILES = ["*.json", "*.jsonl", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
-_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # Where the Hub's client keeps a snapshot; no id has two hyphens in a row.
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 
@@ -20,7 +20,7 @@ def is_hub_id(name: Path | str) -> bool:
 
     What is missing in a folder that exists is a directory, and whoever opens it says so.
     """
-    return _HUB_ID.fullmatch(str(name)) is not None and not Path(name).parent.is_dir()
+    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).parent.is_dir()
 
 
 def names_model(name: Path | str) -> bool:
@@ -41,7 +41,7 @@ def local_directory(name: Path | str, place: str = "", revision: str | None = No
     Raises:
         UsageError: there is neither such a directory nor such a repository.
     """
-    hub = _HUB_ID.fullmatch(str(name))
+    hub = HUB_ID.fullmatch(str(name))
     if hub is None or not is_hub_id(name):
         return str(name)
     from huggingface_hub import snapshot_download
@@ -59,7 +59,7 @@ def local_directory(name: Path | str, place: str = "", revision: str | None = No
 
 def config_of(name: str) -> dict[str, Any] | None:
     """The configuration of a Hub id; None if it cannot be had."""
-    hub = _HUB_ID.fullmatch(name)
+    hub = HUB_ID.fullmatch(name)
     if hub is None:
         return None
     from huggingface_hub import hf_hub_download
@@ -75,7 +75,7 @@ def config_of(name: str) -> dict[str, Any] | None:
 
 def file_beside(name: str, file: str) -> Path | None:
     """A file of a directory that a record names, if it is still there; of a Hub id, if it was downloaded."""
-    hub = _HUB_ID.fullmatch(name)
+    hub = HUB_ID.fullmatch(name)
     if hub is None or not is_hub_id(name):
         path = Path(name) / file
         return path if path.exists() else None
