@@ -340,10 +340,10 @@ def open_chat(directory: Path, settings: Settings, raw: bool | None, trust_remot
     disable_progress_bar()
     opened = open_directory(directory, "causal-lm")
     code = {"trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(directory, **code)
+    tokenizer = AutoTokenizer.from_pretrained(opened.path, **code)
     if raw is None:
         raw = tokenizer.chat_template is None or opened.record.get("stage") == "pretrain"
     if not raw and tokenizer.chat_template is None:
         raise UsageError(f"{directory}: has no chat template; --raw continues text instead")
-    model = AutoModelForCausalLM.from_pretrained(directory, **code)
+    model = AutoModelForCausalLM.from_pretrained(opened.path, **code)
     return Chat(model.eval(), tokenizer, settings, raw)

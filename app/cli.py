@@ -20,6 +20,7 @@ from trueup.app.inspect import inspect
 from trueup.app.lab import lab
 from trueup.app.lab_measure import learned, score
 from trueup.app.merge import merge
+from trueup.app.push import push
 from trueup.app.report import report
 from trueup.app.runner import run_folder, run_one, run_stage
 from trueup.app.serve import serve
@@ -128,6 +129,7 @@ app.command("report", rich_help_panel=LOOK)(report)
 app.command("card", rich_help_panel=LOOK)(card_command)
 app.command("export", rich_help_panel=LOOK)(export)
 app.command("import", rich_help_panel=LOOK)(import_)
+app.command("push", rich_help_panel=LOOK)(push)
 lab.command()(score)
 lab.command()(learned)
 app.add_typer(bench, name="bench", rich_help_panel=LOOK)

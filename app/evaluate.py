@@ -11,6 +11,7 @@ from rich.table import Table
 
 from trueup.recipes.directory import check_writable
 from trueup.recipes.errors import UsageError
+from trueup.recipes.hub import local_directory, results_folder
 
 if TYPE_CHECKING:
     from trueup.eval.results import Figure
@@ -107,7 +108,7 @@ def evaluate(
     reports: list[list[Report]] = []
     for name in models:
         model, tokenizer, identity = open_model(name, dtype, device, base)
-        folder = output_dir or _folder(name)
+        folder = output_dir or results_folder(name)
         check_writable(folder)
         reports.append([])
         for task in loaded:
@@ -118,11 +119,6 @@ def evaluate(
             del report["samples"]
             reports[-1].append(report)
     print(json.dumps(reports, indent=2)) if as_json else show(models, reports)
-
-
-def _folder(name: str) -> Path:
-    """Where a model's results lie: in its own directory; of a model of the Hub under runs/."""
-    return Path(name) if Path(name).is_dir() else Path("runs") / name.replace("/", "--")
 
 
 def open_model(name: str, dtype: str, device: str | None, base: str | None) -> tuple[Any, Any, str]:
@@ -136,7 +132,7 @@ def open_model(name: str, dtype: str, device: str | None, base: str | None) -> t
     from transformers.utils.logging import disable_progress_bar
 
     from trueup.base.adapters import merge_directory
-    from trueup.eval.loading import load_policy, local_directory
+    from trueup.eval.loading import load_policy
     from trueup.recipes.directory import identity
     from trueup.recipes.machine import accelerator
 

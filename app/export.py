@@ -9,6 +9,7 @@ import typer
 
 from trueup.recipes.directory import atomic_directory, atomic_file, identity, read_json, writing
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import local_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,9 @@ OutType = Literal["f32", "f16", "q8_0"]
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(help="A language model's directory.", metavar="DIR")],
+    directory: Annotated[
+        Path, typer.Argument(help="A language model's directory, or Hub id.", metavar="DIR")
+    ],
     output: Annotated[Path, typer.Option(help="Directory to write; with --to gguf the file.")],
     to: Annotated[Literal["llama", "qwen3", "gpt2", "gguf"], typer.Option(help="Whose form it takes.")],
     outtype: Annotated[OutType, typer.Option(help="With --to gguf: how matrices are stored.")] = "f16",
@@ -74,7 +77,7 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A directory of Llama, Qwen3 or GPT-2; or a state dict of nanoGPT or LLMs-from-scratch.",
+            help="A Llama, Qwen3, GPT-2 (directory, Hub id), nanoGPT's or LLMs-from-scratch's state dict.",
             metavar="DIR|FILE",
         ),
     ],
@@ -92,6 +95,7 @@ def import_(
     from trueup.base.trainer import save_model
 
     _check_free(output)
+    source = Path(local_directory(source))
     if source.is_dir():
         model, found = _import_directory(source)
     else:
@@ -163,7 +167,7 @@ def _tokenizer(name: str | None, vocab_size: int) -> "PreTrainedTokenizerBase":
     if name is None:
         raise UsageError("--tokenizer: the source brings none; name the one it was trained with")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(local_directory(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--tokenizer: {name}: {str(error).splitlines()[0]}") from error
     if len(tokenizer) > vocab_size:

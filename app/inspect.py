@@ -15,7 +15,9 @@ from trueup.recipes.run import open_run
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model directory, or an SFT recipe.", metavar="DIR|RECIPE")],
+    path: Annotated[
+        Path, typer.Argument(help="A model directory, a Hub id, or an SFT recipe.", metavar="DIR|RECIPE")
+    ],
     rows: Annotated[int, typer.Option(min=1, help="Of a recipe: how many rows to show.")] = 3,
     budget: Annotated[str | None, typer.Option(help="Of a recipe: one of its named budgets.")] = None,
     as_json: Annotated[

@@ -10,7 +10,7 @@ from trueup.recipes.errors import UsageError
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.", metavar="ADAPTER")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory, or Hub id.", metavar="ADAPTER")],
     to: Annotated[Path, typer.Option(help="Model directory to write.")],
     base: Annotated[
         str | None, typer.Option(help="The model it was trained on; default: the one it names.")

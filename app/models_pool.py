@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trueup.eval.report import REPORT
 from trueup.recipes.directory import RECORD, is_comparison, is_data_set, open_directory, read_json
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import config_of, is_hub_id, local_directory
 from trueup.recipes.machine import accelerator
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Loaded:
 def find_entries(places: Sequence[str]) -> list[Entry]:
     """The chat models, reward models and comparisons at and below these places, in their order.
 
-    What is no directory is a Hub id, and tried when it is used.
+    What is no directory is a Hub id, whose weights are downloaded when it is used.
 
     Raises:
         UsageError: nothing is there.
@@ -84,8 +85,8 @@ def find_entries(places: Sequence[str]) -> list[Entry]:
             if not below:
                 raise UsageError(f"{place}: no model and no comparison is in there; name the output of a run")
             found |= {str(path): kind for path, kind in below}
-        elif place.count("/") == 1 and not place.startswith((".", "/", "~")):
-            found[place] = "chat"
+        elif is_hub_id(place):
+            found[place] = _hub_kind(place)
         else:
             raise UsageError(f"{place}: no such directory, nor is it a Hub id (org/name)")
     names = _short_names(list(found))
@@ -111,9 +112,18 @@ def _kind(folder: Path) -> Kind | None:
     if not (folder / "config.json").exists():
         return None
     try:
-        names = read_json(folder / "config.json").get("architectures") or ["ForCausalLM"]
+        return _kind_of_config(read_json(folder / "config.json"))
     except TrueupError:
         return "chat"  # damaged: its pane says so when it is chosen
+
+
+def _hub_kind(name: str) -> Kind:
+    """By its configuration; what cannot be had now says why when it is used."""
+    return _kind_of_config(config_of(name) or {}) or "chat"
+
+
+def _kind_of_config(config: dict[str, Any]) -> Kind | None:
+    names = config.get("architectures") or ["ForCausalLM"]
     if names[0].endswith("ForSequenceClassification"):
         return "reward"
     return "chat" if names[0].endswith(("ForCausalLM", "ForConditionalGeneration")) else None
@@ -195,7 +205,7 @@ class ModelPool:
                     self.loaded[name].users += 1
                     return self.loaded[name]
             entry = self.entries[name]
-            folder = _folder(entry)
+            folder = Path(local_directory(entry.place))
             need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             with self._lock:
                 self._make_room(name, need)
@@ -224,12 +234,6 @@ class ModelPool:
                 f"{name} takes {_gib(need)}, and {_gib(free)} of {_gib(self.memory)} are free{busy}; "
                 "--memory sets how much all models may take"
             )
-
-
-def _folder(entry: Entry) -> Path:
-    from trueup.eval.loading import local_directory
-
-    return Path(local_directory(entry.place))
 
 
 def _load(entry: Entry, folder: Path, size: int) -> Loaded:

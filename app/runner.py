@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.table import Table
 
+from trueup.app.push import StagePush
 from trueup.recipes.directory import RECORD, read_json
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.reader import Recipe, RecipeError, parse_flags, read_recipe, render
@@ -35,13 +36,18 @@ def run_stage(recipe: Recipe) -> Run:
         if origin.startswith("this machine"):
             _say(f"{key}: {json.dumps(recipe.values[key])} ({origin})")
     run, stage = open_run(recipe)
+    publishing = StagePush.of(recipe)
     if run.done():
         _say(f"{run.output_dir}: complete and unchanged, nothing to do")
-        return run
-    run.measure = _measure(recipe)
-    with run.working():
-        stage.run(run)
-    _say(f"{run.output_dir}: done")
+    else:
+        if publishing:
+            publishing.check()
+        run.measure = _measure(recipe)
+        with run.working():
+            stage.run(run)
+        _say(f"{run.output_dir}: done")
+    if publishing and publishing.due(run):
+        publishing.push(run)
     return run
 
 
@@ -198,7 +204,8 @@ def run_recipes(
         for number, recipe in enumerate(recipes, 1):
             run, _ = open_run(recipe)
             title = f"[{number}/{len(recipes)}] {recipe.stage}: {recipe.source} -> {run.output_dir}"
-            if run.done():
+            publishing = StagePush.of(recipe)
+            if run.done() and not (publishing and publishing.due(run)):
                 print(f"{title}: complete and unchanged, skipped", file=shown, flush=True)
                 outcomes.append(Outcome(recipe, "complete"))
                 continue

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import local_directory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -163,11 +164,14 @@ def _logits(model: Any, probe: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits
 
 
-def merge_directory(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tuple[Any, Any, str]:
+def merge_directory(
+    adapter: Path | str, base: str | None, trust_remote_code: bool = False
+) -> tuple[Any, Any, str]:
     """A merged model from an adapter's directory, as PEFT, TRL and others write them.
 
     Args:
-        base: the model the adapter was trained on; default: the one it names.
+        adapter: its directory, or a Hub id.
+        base: the model the adapter was trained on, a directory or Hub id; default: the one it names.
 
     Returns:
         The model, its tokenizer (the adapter's own if it brings one), and the base's name.
@@ -178,6 +182,7 @@ def merge_directory(adapter: Path, base: str | None, trust_remote_code: bool = F
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    adapter = Path(local_directory(adapter))
     if not (adapter / "adapter_config.json").exists():
         raise UsageError(f"{adapter}: not an adapter: adapter_config.json is missing")
     config = PeftConfig.from_pretrained(str(adapter))
@@ -188,7 +193,10 @@ def merge_directory(adapter: Path, base: str | None, trust_remote_code: bool = F
     auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     options = {"num_labels": 1} if classifier else {}
     try:
-        model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, dtype="auto", **options)
+        found = local_directory(name)
+        model = auto_class.from_pretrained(
+            found, trust_remote_code=trust_remote_code, dtype="auto", **options
+        )
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -197,7 +205,7 @@ def merge_directory(adapter: Path, base: str | None, trust_remote_code: bool = F
         ) from error
     own = (adapter / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(
-        str(adapter) if own else name, trust_remote_code=trust_remote_code
+        str(adapter) if own else found, trust_remote_code=trust_remote_code
     )
     probe = {"input_ids": torch.arange(min(16, len(tokenizer)))[None]}
     return merge(adapted, probe), tokenizer, name

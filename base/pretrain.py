@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from trueup.base.data import DataArguments, data_fingerprint
 from trueup.base.eval_tasks import EvalTasksArguments, eval_tasks_contradictions
+from trueup.base.hub_keys import HubArguments, hub_contradictions
 from trueup.base.schedule import SCHEDULE_DEFAULTS
 from trueup.recipes.directory import Kind
 from trueup.recipes.run import Run
@@ -69,7 +70,7 @@ class GPTArguments:
 
 
 @dataclass
-class PretrainRecipe(GPTArguments, EvalTasksArguments, DataArguments):
+class PretrainRecipe(GPTArguments, EvalTasksArguments, HubArguments, DataArguments):
     """Train a GPT from scratch on raw text."""
 
     output_dir: str = _key("", "Model directory to write.", required=True)
@@ -164,7 +165,7 @@ class PretrainRecipe(GPTArguments, EvalTasksArguments, DataArguments):
             found.append(("max_steps", "must be at least 1, or -1 for num_train_epochs to decide"))
         if given.get("dataset_streaming") and given.get("max_steps", -1) < 1:
             found.append(("dataset_streaming", "needs max_steps: nobody knows how long a stream is"))
-        found += eval_tasks_contradictions(given)
+        found += eval_tasks_contradictions(given) + hub_contradictions(given)
         return found + _schedule_problems(given) + ([] if found else _shape_problems(given))
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:

@@ -19,8 +19,10 @@ from trl import ModelConfig
 from trueup.base import adapters
 from trueup.base.data import data_parents
 from trueup.base.eval_tasks import EvalTasksArguments, eval_tasks_contradictions
+from trueup.base.hub_keys import HubArguments, hub_contradictions
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import is_hub_id, local_directory
 from trueup.recipes.run import is_main_process
 
 
@@ -30,11 +32,13 @@ def key(default: Any, help_text: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class StageArguments(EvalTasksArguments):
+class StageArguments(EvalTasksArguments, HubArguments):
     """Keys of TRL and Transformers whose defaults are wrong for us, each with its reason. Goes first."""
 
     output_dir: str = key("", "Model directory to write.", required=True)
-    model_name_or_path: str | None = key(None, "Model directory to start from.", required=True)
+    model_name_or_path: str | None = key(
+        None, "Model directory to start from, or Hub id (org/name, org/name@revision).", required=True
+    )
     # PEFT knows the modules of famous architectures alone, and raises for any other.
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"],
@@ -74,11 +78,11 @@ class StageArguments(EvalTasksArguments):
             found.append(("dataset_streaming", "needs max_steps: nobody knows how long a stream is"))
         if "eval_steps" in given and given.get("eval_strategy") != "steps":
             found.append(("eval_steps", "is read with eval_strategy: steps; add that"))
-        return found + eval_tasks_contradictions(given)
+        return found + eval_tasks_contradictions(given) + hub_contradictions(given)
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model it starts from, and the data sets that stages wrote."""
-        return {"model_name_or_path": (str(self.model_name_or_path), "causal-lm"), **data_parents(self)}
+        return {"model_name_or_path": (start_model(self), "causal-lm"), **data_parents(self)}
 
 
 @dataclass
@@ -128,18 +132,21 @@ def trainer_config(config_class: type, values: Mapping[str, Any], work_dir: Path
     return config_class(**{k: v for k, v in values.items() if k in names} | ours | resolved)
 
 
+def start_model(recipe: Any) -> str:
+    """What `model_name_or_path` names, with `model_revision` where that is a Hub id without one."""
+    name, revision = str(recipe.model_name_or_path), getattr(recipe, "model_revision", None) or "main"
+    return f"{name}@{revision}" if is_hub_id(name) and "@" not in name and revision != "main" else name
+
+
 def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in the directory that `model_name_or_path` names.
+    """The tokenizer in the directory, or of the Hub id, that `model_name_or_path` names.
 
     Raises:
         UsageError: there is none, or it brings code of its own that the recipe does not trust.
     """
     with _foreign_code(recipe.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            recipe.model_name_or_path,
-            revision=recipe.model_revision,
-            trust_remote_code=recipe.trust_remote_code,
-        )
+        directory = local_directory(start_model(recipe), "model_name_or_path")
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=recipe.trust_remote_code)
     # Rows longer than the context are counted and cut; Transformers would warn of "indexing errors".
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -160,8 +167,7 @@ def load_model(recipe: Any, auto_class: Any = AutoModelForCausalLM, **options: A
         options |= {"quantization_config": quantized, "device_map": {"": device}}
     with _foreign_code(recipe.model_name_or_path):
         return auto_class.from_pretrained(
-            recipe.model_name_or_path,
-            revision=recipe.model_revision,
+            local_directory(start_model(recipe), "model_name_or_path"),
             trust_remote_code=recipe.trust_remote_code,
             attn_implementation=recipe.attn_implementation,
             dtype=recipe.dtype,

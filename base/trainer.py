@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -378,12 +378,17 @@ def _final_figures(state: TrainerState) -> dict[str, float]:
 
 
 def publish(
-    trainer: StageTrainer, run: Run, metrics: dict[str, float], probe: dict[str, torch.Tensor]
+    trainer: StageTrainer,
+    run: Run,
+    metrics: dict[str, float],
+    probe: dict[str, torch.Tensor],
+    beside: Sequence[Path] = (),
 ) -> ModelDirectory | None:
     """Write the model directory: with LoRA the merged model, and the adapter in `adapter/`.
 
     Args:
         probe: a small batch (`input_ids`, ...) on which merged and adapted model must agree.
+        beside: files of the work directory that go along.
 
     Returns:
         The directory, on the process that writes; None on the others.
@@ -406,6 +411,8 @@ def publish(
         else:
             save_model(model, tokenizer, path, state_dict=weights)
         draw_curve(trainer.state.log_history, path / "loss.png")
+        for file in beside:
+            shutil.copy(file, path / file.name)
 
     directory = run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
     for checkpoint in checkpoints(run.work_dir):

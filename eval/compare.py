@@ -42,7 +42,6 @@ from trueup.eval.compare_samples import BASELINE, SAMPLES, Answers, Arm, Bench, 
 from trueup.eval.compare_tax import bits_per_byte
 from trueup.eval.compare_verdict import SCORERS, conclude, print_verdict
 from trueup.eval.judge import JudgeScorer
-from trueup.eval.loading import local_directory
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.report import MANIFEST, PROMPTS, REPORT, SCORES, TRACES, write_report
 from trueup.eval.results import lm_eval_results, tax
@@ -51,6 +50,7 @@ from trueup.eval.scorers import Scorer, resolve_scorer
 from trueup.eval.validation import frozen_prompts, same_tokens, scorer_parents
 from trueup.recipes.directory import VERDICT, Kind, ModelDirectory, write_json
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import names_model, short_name
 from trueup.recipes.machine import accelerator
 from trueup.recipes.run import Run, is_main_process
 
@@ -149,7 +149,7 @@ class CompareRecipe(DataArguments):
         for name, paths in self._paths().items():
             policies |= {f"arms.{name}[{place}]": path for place, path in enumerate(paths)}
         found: dict[str, tuple[str, Kind | None]] = {
-            role: (local_directory(path, role), "causal-lm") for role, path in policies.items()
+            role: (path, "causal-lm") for role, path in policies.items()
         }
         found |= scorer_parents(self.reward_model_name_or_path, "reward_model_name_or_path")
         return {**found, **scorer_parents(self.scorers), **data_parents(self)}
@@ -211,7 +211,7 @@ class CompareRecipe(DataArguments):
         return findings
 
     def _traces(self, arm: Arm, ranking: str, spread: float) -> list[dict[str, Any]]:
-        proxies = [Path(name).name for name in self.reward_model_name_or_path or []]
+        proxies = [short_name(name) for name in self.reward_model_name_or_path or []]
         return traces(arm, ranking.removeprefix(SCORERS), proxies, spread)
 
     def _text(self) -> DataArguments:
@@ -244,7 +244,7 @@ class CompareRecipe(DataArguments):
 
     def _open(self, names: list[str] | None) -> list[Scorer]:
         return [
-            resolve_scorer(name, "scorers", **({"device": self._device()} if Path(name).is_dir() else {}))
+            resolve_scorer(name, "scorers", **({"device": self._device()} if names_model(name) else {}))
             for name in names or []
         ]
 

@@ -15,6 +15,7 @@ import numpy as np
 from trueup.eval.compare_samples import Arm, read_rows
 from trueup.eval.frontier import FRONTIER
 from trueup.recipes.directory import ModelDirectory
+from trueup.recipes.hub import short_name
 
 Point = dict[str, Any]
 Trace = dict[str, Any]
@@ -44,7 +45,7 @@ def _points(path: Path, model: ModelDirectory, ranking: str, proxies: Sequence[s
     its own.
     """
     scorers = model.record.get("recipe", {}).get("scorers") or []
-    first_ranks = [Path(name).name for name in scorers[:1]] == [ranking]
+    first_ranks = [short_name(name) for name in scorers[:1]] == [ranking]
     found: list[Point] = []
     for line in read_rows(path):
         if line["split"] != "validation" or any(line["step"] == point["step"] for point in found):

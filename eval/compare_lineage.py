@@ -15,6 +15,7 @@ from typing import Any
 from trueup.eval.compare_samples import BASELINE, Arm, read_rows
 from trueup.eval.frontier import FRONTIER
 from trueup.recipes.directory import RECORD, ModelDirectory, read_json
+from trueup.recipes.hub import file_beside, short_name
 from trueup.recipes.run import NEUTRAL_KEYS
 
 Record = dict[str, Any]
@@ -139,8 +140,8 @@ def _prompts_of(record: Record) -> frozenset[str]:
 
 def _record_at(lineage: Record) -> Record:
     """The record of a parent, if it is still where it was; empty if not."""
-    path = Path(str(lineage.get("path", ""))) / RECORD
-    found: Record = read_json(path) if path.exists() else {}
+    path = file_beside(str(lineage.get("path", "")), RECORD)
+    found: Record = read_json(path) if path else {}
     return found if found.get("identity") == lineage.get("identity") else {}
 
 
@@ -173,10 +174,10 @@ def _compare_start(
     name: str, model: ModelDirectory, origin: Origin, baseline: ModelDirectory, findings: Findings
 ) -> None:
     if not origin.start:
-        findings.unknown.append(f"{name} ({model.path}): no record of the model it began as")
+        findings.unknown.append(f"{name} ({model.name}): no record of the model it began as")
     elif origin.start != baseline.identity:
         findings.unequal.append(
-            f"{name} ({model.path}) began as {origin.start[:12]}, and the baseline {baseline.path} is "
+            f"{name} ({model.name}) began as {origin.start[:12]}, and the baseline {baseline.name} is "
             f"{baseline.identity[:12]}"
         )
 
@@ -266,7 +267,7 @@ def _void(
     for model in arm.directories:
         for reason in (
             _trained_on(model, ranking, identity, held),
-            _steered(model.record, ranking if isinstance(ranking, str) else str(ranking.path)),
+            _steered(model.record, ranking),
             _saw_test(model.record, test_set),
         ):
             if reason:
@@ -287,16 +288,20 @@ def _trained_on(
     return ""
 
 
-def _steered(record: Record, ranking: str) -> str:
+def _steered(record: Record, ranking: str | ModelDirectory) -> str:
     """Whether the scorer that ranks chose a checkpoint, or a guard that reads it ended the run."""
     recipe = record.get("recipe", {})
-    scorers = recipe.get("scorers") or []
+    if isinstance(ranking, ModelDirectory):
+        name = short_name(ranking.name)
+        read_first = record.get("parents", {}).get("scorers[0]", {}).get("identity") == ranking.identity
+    else:
+        name, read_first = Path(ranking).name, (recipe.get("scorers") or [])[:1] == [ranking]
     watched = (recipe.get("metric_for_best_model") or "").removeprefix("eval_")
-    names = {f"scorers/{Path(ranking).name}"} | ({"score"} if scorers[:1] == [ranking] else set())
+    names = {f"scorers/{name}"} | ({"score"} if read_first else set())
     if recipe.get("load_best_model_at_end") and watched in names:
         return f"oracle: its checkpoint was chosen by what ranks (metric_for_best_model: eval_{watched})"
     intervened = recipe.get("on_alarm", "warn") != "warn" and record.get("metrics", {}).get("alarms", 1) > 0
-    if intervened and scorers[:1] == [ranking]:
+    if intervened and read_first:
         return f"oracle: a guard that reads what ranks ended its training (on_alarm: {recipe['on_alarm']})"
     return ""
 

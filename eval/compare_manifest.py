@@ -35,7 +35,7 @@ def _model(model: ModelDirectory) -> dict[str, Any]:
     record = model.record
     told = json.dumps(record.get("recipe", {}), sort_keys=True, default=str)
     return {
-        "path": str(model.path),
+        "path": model.name,
         "identity": model.identity,
         "stage": record.get("stage", "foreign"),
         "recipe_sha256": hashlib.sha256(told.encode()).hexdigest() if record else None,

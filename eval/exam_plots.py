@@ -19,7 +19,7 @@ def save_exam(report: Report, directory: Path) -> Path:
     """Write `eval/exam.json` and `eval/exam.png` into a model directory; returns the JSON's path."""
     path = directory / "eval" / "exam.json"
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path.with_suffix(".png")) as temporary:
             draw(report, temporary)
     write_json(path, report)

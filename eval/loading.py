@@ -1,6 +1,5 @@
 """Model directories as models: with the tokenizer beside them, checked, in evaluation mode."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,45 +11,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Of a Hub repository what a model directory is made of: no other format of the same weights.
-_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-
-
-def local_directory(name: str, place: str = "") -> str:
-    """A model directory as it is, or the snapshot of a Hub id (`org/name`, `org/name@revision`).
-
-    A snapshot lies in the Hub's own cache under the hash of its commit; with HF_HUB_OFFLINE=1, or without a
-    network, it must be there already.
-
-    Args:
-        place: where the name was written, for messages.
-
-    Raises:
-        UsageError: there is neither such a directory nor such a repository.
-    """
-    hub = _HUB_ID.fullmatch(name)
-    if Path(name).is_dir() or hub is None or Path(name).parent.is_dir():
-        return name  # what is missing in a folder that exists is a directory, and whoever opens it says so
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return snapshot_download(hub["id"], revision=hub["revision"], allow_patterns=_FILES)
-    except (HfHubHTTPError, OSError, ValueError) as error:  # refused; not reached; not cached, offline
-        at, reason = f"{place}: " if place else "", str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"{at}{name}: no such model directory (run the stage that writes it first), nor can it be had "
-            f"from the Hub: {reason}"
-        ) from error
-
-
 def load_policy(
     directory: Path | str, dtype: "torch.dtype | None" = None, place: str = ""
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A causal language model and its tokenizer, on the CPU.
 
     Args:
+        directory: a model directory, or a Hub id.
         dtype: of the weights; default: as stored.
         place: where the path was written, for messages.
 
@@ -66,7 +33,7 @@ def load_policy(
 def load_reward_model(
     directory: Path | str, dtype: "torch.dtype | None" = None, place: str = ""
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", ModelDirectory]:
-    """A trained reward model, its tokenizer, and its checked directory.
+    """A trained reward model, its tokenizer, and its checked directory, or the snapshot of a Hub id.
 
     Raises:
         UsageError: no such directory, or it holds another kind of model.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from trueup.eval.rendering import Text, encode_pair, plain
 from trueup.recipes.directory import ModelDirectory, read_json, write_json
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import names_model, short_name
 from trueup.recipes.machine import accelerator
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def resolve_scorer(name: str, place: str = "", **options: Any) -> Scorer:
 
     Args:
         name: a registered name (`gold`, `length`, or `judge`), `module:function`, or a reward model's
-            directory.
+            directory or Hub id.
         place: where the name was written (`recipe.yaml:3: reward_funcs`), for messages.
         options: of `RewardModelScorer.open` (a directory) or `JudgeScorer` (`judge`); functions take none.
 
@@ -62,13 +63,13 @@ def resolve_scorer(name: str, place: str = "", **options: Any) -> Scorer:
         return JudgeScorer(**options)
     if name in REGISTERED:
         return FunctionScorer(_import(REGISTERED[name], at), name)
-    if Path(name).is_dir():
+    if names_model(name):
         return RewardModelScorer.open(name, place=place, **options)
     if ":" in name:
         return FunctionScorer(_import(name, at), name)
     known = ", ".join([*REGISTERED, "judge"])
     raise UsageError(
-        f"{at}{name}: no such scorer; give a reward model's directory, module:function, or {known}"
+        f"{at}{name}: no such scorer; give a reward model's directory or Hub id, module:function, or {known}"
     )
 
 
@@ -201,7 +202,7 @@ class RewardModelScorer:
         model, tokenizer, opened = load_reward_model(directory, dtype, place)
         found = _calibration(model, opened, calibration)
         return cls(
-            model.to(device or accelerator()), tokenizer, Path(directory).name, calibration=found, **options
+            model.to(device or accelerator()), tokenizer, short_name(directory), calibration=found, **options
         )
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:

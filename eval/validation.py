@@ -32,6 +32,7 @@ from trueup.eval.rendering import as_completions, encode_prompt
 from trueup.eval.sampler import Sample, SamplingSettings, sample
 from trueup.eval.scorers import RewardModelScorer, Scorer, resolve_scorer
 from trueup.recipes.directory import Kind
+from trueup.recipes.hub import names_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ class ValidationArguments:
 def scorer_parents(names: Sequence[str] | None, role: str = "scorers") -> dict[str, tuple[str, Kind | None]]:
     """The reward models among scorers, as a stage's `parents` names them."""
     return {
-        f"{role}[{place}]": (name, "reward") for place, name in enumerate(names or []) if Path(name).is_dir()
+        f"{role}[{place}]": (name, "reward") for place, name in enumerate(names or []) if names_model(name)
     }
 
 
@@ -74,7 +75,7 @@ def open_scorers(names: Sequence[str] | None, args: TrainingArguments) -> list[S
     """
     model_options = {"device": str(args.device), "autocast": _AUTOCAST.get(args.mixed_precision)}
     return [
-        resolve_scorer(name, "scorers", **(model_options if Path(name).is_dir() else {}))
+        resolve_scorer(name, "scorers", **(model_options if names_model(name) else {}))
         for name in names or []
     ]
 

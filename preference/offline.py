@@ -1,7 +1,6 @@
 """What the stages dpo and kto share: both learn from answers that are there already, against a reference."""
 
 import copy
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from trueup.base.stage import (
     load_model,
     load_tokenizer,
     set_up,
+    start_model,
     template_errors,
     trainer_config,
 )
@@ -103,7 +103,7 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         from trueup.preference.ppo import assert_reference
 
         reference = run.parents.get("ref_model_name_or_path", run.parents["model_name_or_path"])
-        _say(f"reference: {reference.path} ({reference.identity[:12]})")
+        _say(f"reference: {reference.name} ({reference.identity[:12]})")
         start = run.parents["model_name_or_path"]
         trainer = self.trainer(
             run.recipe.values,
@@ -118,9 +118,8 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         metrics = fit(trainer, run) | {"alarms": float(len(guard.alarms))}
         assert_reference(trainer.accelerator.unwrap_model(trainer.model), start)
         row = next(iter(trainer.train_dataset))["prompt_ids"]
-        directory = publish(trainer, run, metrics, probe={"input_ids": torch.tensor([row[:64]])})
-        if directory is not None:
-            shutil.copy(run.work_dir / FRONTIER, directory.path / FRONTIER)
+        probe = {"input_ids": torch.tensor([row[:64]])}
+        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER])
 
     def trainer(
         self,
@@ -183,6 +182,8 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         named = self.ref_model_name_or_path or self.model_name_or_path
         other = copy.copy(self)
         other.model_name_or_path = named
+        if self.ref_model_name_or_path:
+            other.model_revision = "main"  # that key is about the start model
         if load_tokenizer(other).get_vocab() != load_tokenizer(self).get_vocab():
             raise UsageError(
                 f"ref_model_name_or_path: {named} has another vocabulary than the model, so their "
@@ -202,7 +203,7 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         reference = trainer.ref_model
         if trainer.args.sync_ref_model or (reference is None and not self.use_peft):
             # Where the reference moves or is not kept, the KL is still measured from where it was.
-            reference = Path(str(self.ref_model_name_or_path or self.model_name_or_path))
+            reference = self.ref_model_name_or_path or start_model(self)
         trainer.add_callback(ValidationCallback(trainer, validation, reference, self.log_completions))
 
 

@@ -1,6 +1,5 @@
 """The RLOO and GRPO stages: PPO's critic-free cross-checks, by the same recipe on TRL's trainers."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,9 +117,8 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
         metrics = fit(trainer, run)
         assert_reference(policy, start)
         probe = {"input_ids": torch.arange(min(16, len(trainer.processing_class)))[None]}
-        directory = publish(trainer, run, metrics | {"alarms": float(len(guard.alarms))}, probe)
-        if directory is not None:
-            shutil.copy(run.work_dir / FRONTIER, directory.path / FRONTIER)
+        metrics |= {"alarms": float(len(guard.alarms))}
+        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER])
 
     def trainer(self, values: dict[str, Any], work_dir: Path) -> OnlineTrainer:
         """The trainer, its prompts loaded.

@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, get_args
 
 from trueup.base.data import DataArguments, Split, data_fingerprint, data_parents, load_data
+from trueup.base.hub_keys import HubArguments, hub_contradictions
 from trueup.base.stage import key
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.sampler import SamplingSettings
@@ -19,6 +20,7 @@ from trueup.preference.pairs_rules import RULES, Labeller, Rule
 from trueup.preference.pairs_samples import Candidates, CandidateSampler, Labels, Row, split_seed
 from trueup.recipes.directory import Kind, write_json
 from trueup.recipes.errors import TrueupError
+from trueup.recipes.hub import names_model
 from trueup.recipes.run import Run, is_main_process
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ RECORDED = ("rows", "ties", "score_mean", "score_best_mean", "chosen_longer", "l
 
 
 @dataclass
-class PairsRecipe(DataArguments):
+class PairsRecipe(HubArguments, DataArguments):
     """Sample answers from a model, score them, and write pairs of them, or the best ones."""
 
     output_dir: str = key("", "Directory of data to write.", required=True)
@@ -113,7 +115,7 @@ class PairsRecipe(DataArguments):
             found.append(("judge_kwargs", "must name the judge's base_url and model"))
         if "judge_kwargs" in given and "judge" not in names:
             found.append(("judge_kwargs", "is read with judge among reward_funcs; add that, or delete it"))
-        return found
+        return found + hub_contradictions(given)
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model that is sampled, reward models, and prompts that a stage wrote."""
@@ -174,7 +176,7 @@ class PairsRecipe(DataArguments):
     def _scorers(self, device: str, autocast: Any) -> list[Scorer]:
         found = []
         for place, name in enumerate(self.reward_funcs or []):
-            options: dict[str, Any] = {"device": device, "autocast": autocast} if Path(name).is_dir() else {}
+            options: dict[str, Any] = {"device": device, "autocast": autocast} if names_model(name) else {}
             options = dict(self.judge_kwargs or {}) if name == "judge" else options
             found.append(resolve_scorer(name, f"reward_funcs[{place}]", **options))
         return found
@@ -257,7 +259,7 @@ class PairsRecipe(DataArguments):
         start = run.parents["model_name_or_path"]
         made = {
             "form": self.output_form,
-            "model": f"{start.path} ({start.identity[:12]})",
+            "model": f"{start.name} ({start.identity[:12]})",
             "prompts": self.dataset_name or "a mixture",
             "sampling": f"{self.num_generations} completions at temperature {self.temperature:g}",
             "scored_by": ", ".join(self.reward_funcs or []),

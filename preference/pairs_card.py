@@ -1,7 +1,6 @@
 """The card of a data set of pairs: what is in it, in figures."""
 
 from dataclasses import fields
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -13,6 +12,7 @@ from trueup.preference.pairs_page import Card, Figure
 from trueup.preference.pairs_rows import SplitRows
 from trueup.recipes.directory import RECORD, ModelDirectory, read_json
 from trueup.recipes.errors import TrueupError
+from trueup.recipes.hub import file_beside
 
 QUANTILES = (5, 25, 50, 75, 95)
 EXAMPLES = 3
@@ -91,8 +91,8 @@ def sft_prompts(start: ModelDirectory) -> tuple[set[str] | None, str]:
     record = start.record
     while record and record["stage"] != "sft":
         parent = record["parents"].get("model_name_or_path", {}).get("path", "")
-        path = Path(parent) / RECORD
-        record = read_json(path) if parent and path.exists() else {}
+        path = file_beside(parent, RECORD) if parent else None
+        record = read_json(path) if path else {}
     if not record:
         return None, "not known: the model's lineage has no SFT stage that is still there"
     recipe = record["recipe"]

@@ -25,6 +25,7 @@ from trueup.eval.scorers import FunctionScorer, RewardModelScorer, Scorer, resol
 from trueup.eval.validation import same_tokens
 from trueup.preference.value import row_mask
 from trueup.recipes.errors import UsageError
+from trueup.recipes.hub import names_model
 
 Tokens = list[int]
 Row = dict[str, Any]  # of the data set: `prompt`, and the columns that scorers may want
@@ -233,16 +234,16 @@ def as_scorer(
     """One of `reward_funcs` as a scorer.
 
     Args:
-        function: a reward model's directory, `module:function` or a registered name; a loaded reward model
-            that reads the policy's tokens; or a callable with TRL's signature.
+        function: a reward model's directory or Hub id, `module:function` or a registered name; a loaded
+            reward model that reads the policy's tokens; or a callable with TRL's signature.
         tokenizer: the policy's.
 
     Raises:
         UsageError: there is no such scorer.
     """
     if isinstance(function, str | Path):
-        is_model = Path(function).is_dir()
-        options: dict[str, Any] = {"device": str(device), "autocast": autocast} if is_model else {}
+        named = names_model(function)
+        options: dict[str, Any] = {"device": str(device), "autocast": autocast} if named else {}
         return resolve_scorer(str(function), place, **options)
     if isinstance(function, PreTrainedModel):
         name = Path(function.config._name_or_path or type(function).__name__).name

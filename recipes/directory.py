@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.hub import local_directory, public_name
 
 RECORD = "trueup.json"
 VERDICT = "verdict.json"
@@ -139,10 +140,15 @@ class ModelDirectory:
     record: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """How people call it: its path, or the Hub id and commit that it is a snapshot of."""
+        return public_name(self.path)
+
+    @property
     def lineage(self) -> dict[str, Any]:
         """What a child keeps of it: enough to print the tree when this directory is gone."""
         return {
-            "path": str(self.path),
+            "path": self.name,
             "identity": self.identity,
             "stage": self.record.get("stage", "foreign"),
             "parents": self.record.get("parents", {}),
@@ -153,6 +159,7 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
     """Check that a directory is a whole, unchanged model, or data set, of the wanted kind.
 
     Args:
+        path: the directory; or a Hub id, which is downloaded if it is not in the Hub's cache.
         kind: what the caller needs; None takes any.
         place: where the path was written (`recipe.yaml:3: model_name_or_path`), for the message.
 
@@ -160,7 +167,7 @@ def open_directory(path: Path | str, kind: Kind | None = None, place: str = "") 
         UsageError: there is no such directory, or it holds another kind of model.
         TrueupError: it is half-written, damaged, or was changed after it was written.
     """
-    path = Path(path)
+    path = Path(local_directory(path, place))
     at = f"{place}: " if place else ""
     if not path.is_dir():
         raise UsageError(f"{at}{path}: no such model directory; run the stage that writes it first")

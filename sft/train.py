@@ -21,9 +21,11 @@ from trueup.base.stage import (
     load_model,
     load_tokenizer,
     set_up,
+    start_model,
     template_errors,
     trainer_config,
 )
+from trueup.recipes.hub import local_directory
 from trueup.recipes.run import Run, is_main_process
 
 if TYPE_CHECKING:
@@ -119,9 +121,8 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         from trueup.base import GPTConfig, GPTForCausalLM
 
         tokenizer = load_tokenizer(self)
-        config = AutoConfig.from_pretrained(
-            self.model_name_or_path, trust_remote_code=self.trust_remote_code, revision=self.model_revision
-        )
+        directory = local_directory(start_model(self), "model_name_or_path")
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
         values = values | {
             "max_length": held_length(self.max_length, config, origin["max_length"] != "default")
         }
