@@ -31,7 +31,7 @@ def write_run(folder: Path, name: str, stage: str, start: str = "", **changes: A
     if start:
         before = json.loads((folder / start / "trueup.json").read_text())
         parents["model_name_or_path"] = {"identity": start, "path": start, **before}
-    record = {"stage": stage, "identity": name, "parents": parents, "metrics": {}, "recipe": {}}
+    record = {"stage": stage, "identity": name, "parents": parents, "metrics": {}, "recipe": {}, "data": []}
     record |= {
         "started": f"2026-01-01T00:00:{len(list(folder.iterdir())):02}Z",
         "seconds": 60.0,
