@@ -59,6 +59,7 @@ def start(group: RunGroup, logs: Mapping[str, Rows]) -> "Figure":
 def transfer(group: RunGroup) -> "Figure":
     """Held-out bits per byte over the learning rate: a panel for each way to begin, a line for each width."""
     inits = sorted({run.init for run in group.runs})
+    rates = sorted({run.learning_rate for run in group.runs})
     ends: dict[str, list[End]] = {}
     with panels(1, len(inits), 4.2) as (figure, every):
         for axes, init in zip(every, inits, strict=True):
@@ -66,6 +67,8 @@ def transfer(group: RunGroup) -> "Figure":
                 axes.sharey(every[0])
             ends[init] = list(_width_lines(axes, group, init))
             axes.set(title=INITS.get(init, init), xlabel="learning rate", xscale="log")
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axes.minorticks_off()
             _plain_log(axes)
         for axes, init in zip(every, inits, strict=True):  # when it is known how far the panels reach
             _label(axes, ends[init])
@@ -121,13 +124,15 @@ def _lines(
 
 
 def _plain_log(axes: "Axes") -> None:
-    """A log axis up, with plain numbers also where it spans less than a power of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    """A log axis up, with plain numbers, also where it spans much less than a power of ten."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    wide = high / low > 5
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)) if wide else MaxNLocator(6))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _label(axes: "Axes", ends: Sequence[End]) -> None:

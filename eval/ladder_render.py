@@ -14,7 +14,8 @@ from trueup.recipes.directory import RECORD, atomic_file, writing
 
 PAGE = "report.html"
 TEMPLATE = "ladder.html.jinja"
-RUNS = ("run", BITS, "above floor", "parameters", "time", "what differs")
+RUNS = ("run", BITS, "above floor", "what differs", "parameters", "time")
+RUNS_SHOWN = 4  # of them, where there is little room
 MISSING, EVEN = "–", "≈"
 TRANSFER = (
     "Held-out bits per byte at the end, by learning rate: one line a width, ringed where it is lowest. "
@@ -67,9 +68,9 @@ def run_rows(group: RunGroup) -> list[list[str]]:
             run.name,
             f"{run.bits_per_byte:.4f}",
             MISSING if run.above_floor is None else f"{run.above_floor:.4f}",
+            BASELINE if run.name == group.baseline else run.difference or "nothing",
             f"{run.parameters:,}",
             duration(run.seconds),
-            BASELINE if run.name == group.baseline else run.difference or "nothing",
         ]
         for run in group.runs
     ]
@@ -107,10 +108,10 @@ def print_ladder(ladder: Ladder, console: Console | None = None) -> None:
     for group in ladder.groups:
         console.print(f"\nPretraining runs in {group.folder}", highlight=False, markup=False)
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for head in RUNS:
-            table.add_column(head, no_wrap=head != RUNS[-1])
+        for head in RUNS[:RUNS_SHOWN]:
+            table.add_column(head, no_wrap=head != RUNS[3], overflow="fold")
         for texts in run_rows(group):
-            table.add_row(*map(escape, texts))
+            table.add_row(*map(escape, texts[:RUNS_SHOWN]))
         console.print(table)
     for line in [account(ladder), *(legend(ladder) if ladder.climbs else [])]:
         console.print(line, style="dim", highlight=False, markup=False)
