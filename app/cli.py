@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from trueup.app.bench import bench
 from trueup.app.card import card_command
@@ -113,23 +114,27 @@ def _stage_command(verb: str, summary: str) -> Callable[..., None]:
 for _verb, (_target, _summary) in STAGES.items():
     _stage_command(_verb, _summary)
 
-app.command("chat", rich_help_panel=LOOK)(chat)
-app.command("eval", rich_help_panel=LOOK)(evaluate)
-app.command("app", rich_help_panel=LOOK)(app_command)
-app.command("serve", rich_help_panel=LOOK)(serve)
+
+class PlainHelp(TyperCommand):
+    """A command whose options are listed plainly: in a table of five columns a terminal cuts their names."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "rich_markup_mode": None})
+
+
+_LOOKING: dict[str, Callable[..., None]] = {
+    "chat": chat, "eval": evaluate, "app": app_command, "serve": serve, "inspect": inspect, "merge": merge,
+    "doctor": doctor, "report": report, "card": card_command, "export": export, "import": import_,
+    "push": push,
+}  # fmt: skip
+for _verb, _command in _LOOKING.items():
+    app.command(_verb, cls=PlainHelp, rich_help_panel=LOOK)(_command)
 app.command(
     "exam",
+    cls=PlainHelp,
     rich_help_panel=LOOK,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )(exam)
-app.command("inspect", rich_help_panel=LOOK)(inspect)
-app.command("merge", rich_help_panel=LOOK)(merge)
-app.command("doctor", rich_help_panel=LOOK)(doctor)
-app.command("report", rich_help_panel=LOOK)(report)
-app.command("card", rich_help_panel=LOOK)(card_command)
-app.command("export", rich_help_panel=LOOK)(export)
-app.command("import", rich_help_panel=LOOK)(import_)
-app.command("push", rich_help_panel=LOOK)(push)
 lab.command()(score)
 lab.command()(learned)
 app.add_typer(bench, name="bench", rich_help_panel=LOOK)

@@ -4,11 +4,13 @@ A stage that trains an adapter writes the merged model: the next one never meets
 """
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trueup.recipes.directory import ModelDirectory
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.hub import local_directory
 
@@ -125,6 +127,38 @@ def is_adapter(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def assert_reference(policy: Any, start: ModelDirectory) -> None:
+    """Under LoRA the reference is the policy without its adapter: that is the start model, bit by bit.
+
+    `start` was opened by its content hash; here each of its tensors is compared with the one in memory.
+
+    Raises:
+        TrueupError: they differ.
+    """
+    if not is_adapter(policy) or getattr(policy.get_base_model(), "is_quantized", False):
+        return
+    held = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in policy.get_base_model().state_dict().items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    }
+    for name, tensor in _stored(start.path):
+        if name not in held or not torch.equal(held[name].cpu(), tensor.to(held[name].dtype)):
+            raise TrueupError(
+                f"{start.path}: {name} of the reference is not that of the model it started from "
+                f"({start.identity[:12]}); an adapter was merged into it, or its weights were changed"
+            )
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                yield name, file.get_tensor(name)
 
 
 def merge(adapted: Any, probe: dict[str, torch.Tensor]) -> "PreTrainedModel":

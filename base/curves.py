@@ -85,7 +85,9 @@ def draw_curve(rows: list[dict[str, Any]], path: Path, floor: float | None = Non
         bits.set_ylabel("held-out bits per byte")
         if floor is not None:
             bits.axhline(floor, ls="--", lw=1, color="tab:gray", label="entropy of the text")
-    losses.set(xlabel="step", ylabel="loss, nats per token", yscale="log")  # the first steps dwarf the rest
+    losses.set(xlabel="step", ylabel="loss, nats per token")
+    if min([*series("loss")[1], *series("eval_loss")[1], 1]) > 0:  # a policy gradient's may not be
+        losses.set_yscale("log")  # the first steps dwarf the rest
     losses.yaxis.set_major_locator(MaxNLocator(6))
     losses.yaxis.set_major_formatter(ScalarFormatter())
     losses.minorticks_off()

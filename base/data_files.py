@@ -7,7 +7,6 @@ whole).
 """
 
 import csv
-import difflib
 import glob
 import io
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trueup.base.formats import BadRow, Row, kind_of
-from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.errors import TrueupError, UsageError, nearest_path
 
 # Where GPT-2's corpora and their kin (TinyStories.txt, ...) mark the end of a document in plain text.
 DOCUMENT_END = "<|endoftext|>"
@@ -53,20 +52,7 @@ def find_files(name: str) -> list[Path]:
         if not matches:
             raise UsageError(f"{name}: no file matches this pattern.")
         return [match for match in matches if kind_of_file(match)]
-    raise UsageError(f"{name}: no such file or folder.{nearest_name(path)}")
-
-
-def nearest_name(path: Path) -> str:
-    """A hint with the existing name most like `path`, or where its folder ends to exist; empty when nothing
-    is near.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        while not folder.is_dir():
-            folder = folder.parent
-        return f" There is no folder {path.parent}." + (f" ({folder} exists.)" if folder != Path() else "")
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f" Did you mean {folder / near[0]}?" if near else ""
+    raise UsageError(f"{name}: no such file or folder{nearest_path(path)}")
 
 
 def is_data(path: Path) -> bool:

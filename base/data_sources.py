@@ -17,10 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from trueup.base.data_files import find_files, has_known_suffix, is_data, nearest_name, read_rows
+from trueup.base.data_files import find_files, has_known_suffix, is_data, read_rows
 from trueup.base.formats import BadRow, Row
 from trueup.recipes.directory import RECORD
-from trueup.recipes.errors import TrueupError, UsageError
+from trueup.recipes.errors import TrueupError, UsageError, nearest_path
 
 LAB = "lab/"
 
@@ -236,7 +236,7 @@ def _files_by_split(config: SetConfig, plan: SplitPlan) -> dict[str, list[Path]]
     if folder:
         root = root / folder
         if not root.is_dir():
-            raise UsageError(f"{root}: no such folder (from dataset_config or data_dir).{nearest_name(root)}")
+            raise UsageError(f"{root}: no such folder (from dataset_config or data_dir){nearest_path(root)}")
     if config.data_files:
         inside = root if root.is_dir() else Path()
         given = config.data_files

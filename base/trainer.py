@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,6 +45,12 @@ from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.run import Run, is_main_process
 
 LOG = "log.jsonl"
+POOL = 50  # batches that are sorted by length together: more would make them more alike, and less random
+# Of a checkpoint, and PPO's or a moving reference's own; the rest is a model directory.
+RESUME_FILES = (
+    "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "trainer_state.json",
+    "checksums.json", "value_model.safetensors", "ppo_state.json", "reference.safetensors",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -64,6 +71,17 @@ def newest_checkpoint(work_dir: Path) -> Path | None:
         print(f"{checkpoint}: {found}; removed, going on from the one before", flush=True)
         shutil.rmtree(checkpoint)
     return None
+
+
+def clear_checkpoints(work_dir: Path, keep_models: bool) -> None:
+    """Remove the checkpoints, or from each of them what only a resume needs: a model (or adapter) stays."""
+    for checkpoint in checkpoints(work_dir):
+        if not keep_models:
+            shutil.rmtree(checkpoint)
+            continue
+        for pattern in RESUME_FILES:
+            for path in checkpoint.glob(pattern):
+                path.unlink()
 
 
 class StageTrainer(Trainer):
@@ -139,6 +157,34 @@ def whole(trainer: Trainer, model: Any) -> Iterator[Any]:
             model = stack.enter_context(unwrap_model_for_generation(model, trainer.accelerator))
         # A compiled model would be compiled anew for each length.
         yield trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+class LengthGroups(Sampler[int]):
+    """Rows of like length in one batch, the batches in random order: all decided by seed and epoch.
+
+    Transformers' own takes its order from the global random numbers, which stand elsewhere after a resume,
+    and goes from long rows to short ones again and again.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = torch.tensor(lengths), batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer at the beginning of each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        pools = torch.randperm(len(self), generator=generator).split(POOL * self.batch_size)
+        sorted_pools = torch.cat([pool[self.lengths[pool].argsort()] for pool in pools])
+        batches = sorted_pools.split(self.batch_size)
+        whole = len(self) // self.batch_size  # what is left over stays last, or it would shift all others
+        order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
+        return iter(torch.cat([batches[place] for place in order]).tolist())
 
 
 # ---------------------------------------------------------------- watching
@@ -383,12 +429,14 @@ def publish(
     metrics: dict[str, float],
     probe: dict[str, torch.Tensor],
     beside: Sequence[Path] = (),
+    keep_models: bool = False,
 ) -> ModelDirectory | None:
     """Write the model directory: with LoRA the merged model, and the adapter in `adapter/`.
 
     Args:
         probe: a small batch (`input_ids`, ...) on which merged and adapted model must agree.
         beside: files of the work directory that go along.
+        keep_models: of the checkpoints, which otherwise go.
 
     Returns:
         The directory, on the process that writes; None on the others.
@@ -415,8 +463,7 @@ def publish(
             shutil.copy(file, path / file.name)
 
     directory = run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
-    for checkpoint in checkpoints(run.work_dir):
-        shutil.rmtree(checkpoint)
+    clear_checkpoints(run.work_dir, keep_models)
     return directory
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueup.eval.pages import COLOURS, GREY
 from trueup.recipes.directory import atomic_file, write_json, writing
 
 if TYPE_CHECKING:
@@ -11,8 +12,7 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]
 
-# Okabe and Ito's colours, which people with any kind of colour blindness can tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+BLUE, ORANGE = COLOURS[:2]
 
 
 def save_exam(report: Report, directory: Path) -> Path:

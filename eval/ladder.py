@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trueup.eval.ladder_runs import RunGroup, run_groups
 from trueup.eval.results import lm_eval_results
 from trueup.recipes.directory import RECORD, VERDICT, ModelDirectory, read_json
 from trueup.recipes.errors import UsageError
@@ -94,12 +95,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Steps in the order of their making; what else was run; the price that costs follow from."""
+    """Steps in the order of their making; what else was run; the price that costs follow from; pretraining
+    runs that can be held against each other."""
 
     steps: list[Step]
     besides: dict[str, tuple[float, int]]  # name -> seconds, tokens
     price: float | None
     notes: list[str]
+    groups: list[RunGroup]
+
+    @property
+    def climbs(self) -> bool:
+        """Whether it is one: runs beside each other alone are no ladder."""
+        return len(self.steps) != sum(len(group.runs) for group in self.groups)
 
     @property
     def figures(self) -> list[str]:
@@ -188,7 +196,7 @@ def ladder(directories: Iterable[Path], price: float | None = None) -> Ladder:
         steps = _with_arms(steps, verdict, run.path, besides)
         notes += [f"{run.path}: {note}" for note in [*verdict["void"].values(), *verdict["unequal"]]]
     _mark_noise(steps)
-    return Ladder(steps, besides, price, list(dict.fromkeys(notes)))
+    return Ladder(steps, besides, price, list(dict.fromkeys(notes)), run_groups(runs))
 
 
 def _records(directories: Iterable[Path]) -> Iterator[tuple[Path, Json]]:

@@ -1,17 +1,28 @@
 """The stage ladder for people: on the terminal, and as a page of its own."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trueup.eval import ladder_plots as plots
 from trueup.eval.ladder import BITS, KL, LENGTH, REPETITION, SOURCES, WIN, Ladder, Step
+from trueup.eval.ladder_runs import BASELINE, LOG, RunGroup
+from trueup.eval.pages import render, themed
+from trueup.recipes.directory import RECORD, atomic_file, writing
 
 PAGE = "report.html"
 TEMPLATE = "ladder.html.jinja"
+RUNS = ("run", BITS, "above floor", "what differs", "parameters", "time")
+RUNS_SHOWN = 4  # of them, where there is little room
 MISSING, EVEN = "–", "≈"
+TRANSFER = (
+    "Held-out bits per byte at the end, by learning rate: one line a width, ringed where it is lowest. "
+    "Where a rate transfers, the rings stand above each other."
+)
+CURVES = "Training loss of each logged step, and held-out bits per byte."
+START = f"The first {plots.FIRST} steps: training loss, and the norm of the gradient before it is clipped."
 _RAISED = {"c": "ᶜ", "t": "ᵗ", "v": "ᵛ", "": ""}
 _DIGITS = {BITS: 4, WIN: 1, KL: 2, LENGTH: 1, REPETITION: 2}  # of lm-eval's figures 3
 
@@ -50,6 +61,21 @@ def _if_run(step: Step, text: str) -> str:
     return text if step.identities else ""  # best-of-n is no run
 
 
+def run_rows(group: RunGroup) -> list[list[str]]:
+    """One line a run, under RUNS."""
+    return [
+        [
+            run.name,
+            f"{run.bits_per_byte:.4f}",
+            MISSING if run.above_floor is None else f"{run.above_floor:.4f}",
+            BASELINE if run.name == group.baseline else run.difference or "nothing",
+            f"{run.parameters:,}",
+            duration(run.seconds),
+        ]
+        for run in group.runs
+    ]
+
+
 def account(ladder: Ladder) -> str:
     """What was run besides, and what it took all together."""
     beside = [f"{name} {duration(seconds)}" for name, (seconds, _) in ladder.besides.items()]
@@ -75,8 +101,25 @@ def legend(ladder: Ladder) -> list[str]:
 
 
 def print_ladder(ladder: Ladder, console: Console | None = None) -> None:
-    """The ladder as a table, with its legend."""
+    """The ladder as a table, with its legend; and pretraining runs held against each other."""
     console = console or Console()
+    if ladder.climbs:
+        _print_steps(ladder, console)
+    for group in ladder.groups:
+        console.print(f"\nPretraining runs in {group.folder}", highlight=False, markup=False)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for head in RUNS[:RUNS_SHOWN]:
+            table.add_column(head, no_wrap=head != RUNS[3], overflow="fold")
+        for texts in run_rows(group):
+            table.add_row(*map(escape, texts[:RUNS_SHOWN]))
+        console.print(table)
+    for line in [account(ladder), *(legend(ladder) if ladder.climbs else [])]:
+        console.print(line, style="dim", highlight=False, markup=False)
+    for note in ladder.notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
+
+
+def _print_steps(ladder: Ladder, console: Console) -> None:
     stages = ("stage", [step.stage for step in ladder.steps])
     lines = [("", [escape(step.name) for step in ladder.steps]), stages, *rows(ladder)]
     if len(ladder.steps) > len(lines):  # rather long than wide
@@ -88,10 +131,6 @@ def print_ladder(ladder: Ladder, console: Console | None = None) -> None:
     for name, texts in lines[1:]:
         table.add_row(name, *texts)
     console.print(table)
-    for line in [account(ladder), *legend(ladder)]:
-        console.print(line, style="dim", highlight=False, markup=False)
-    for note in ladder.notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
 
 
 def write_page(ladder: Ladder, folder: Path, path: Path) -> None:
@@ -100,21 +139,27 @@ def write_page(ladder: Ladder, folder: Path, path: Path) -> None:
     Args:
         folder: whose runs these are, for the heading.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    page = render(
+        TEMPLATE,
+        folder=folder,
+        ladder=ladder,
+        rows=rows(ladder),
+        account=account(ladder),
+        legend=legend(ladder),
+        duration=duration,
+        heads=RUNS,
+        groups=[(group, run_rows(group), draw(group)) for group in ladder.groups],
     )
-    content: dict[str, Any] = {
-        "folder": folder,
-        "ladder": ladder,
-        "rows": rows(ladder),
-        "account": account(ladder),
-        "legend": legend(ladder),
-        "duration": duration,
-    }
-    path.write_text(environment.get_template(TEMPLATE).render(**content), encoding="utf-8")
+    with writing(path), atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def draw(group: RunGroup) -> list[tuple[dict[str, str], str, str]]:
+    """(plot by theme, what it shows, file of the runs that it is drawn from), as far as a group goes."""
+    found = []
+    if group.tries_rates:
+        found.append((themed(plots.transfer, (group,)), TRANSFER, RECORD))
+    if len(group.runs) <= plots.MOST_CURVES:
+        content = (group, plots.read_logs(group))
+        found += [(themed(plots.curves, content), CURVES, LOG), (themed(plots.start, content), START, LOG)]
+    return found

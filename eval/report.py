@@ -4,7 +4,6 @@ Every figure on the page stands in one of `verdict.json`, `traces.json`, `manife
 `samples/`, and of a versus `sweep.json`; each section says in which.
 """
 
-import base64
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from trueup.eval import report_plots as plots
 from trueup.eval.compare_samples import BASELINE, SAMPLES, read_rows
 from trueup.eval.compare_statistics import percent
+from trueup.eval.pages import picture, render, themed
 from trueup.eval.statistics import Interval
 from trueup.recipes.directory import VERDICT, read_json
 
@@ -30,19 +30,12 @@ BITS = "bits per byte of held-out text"
 
 def write_report(folder: Path) -> None:
     """The page, the plots as PNGs and the tables as CSV, from the other files of a comparison's folder."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     verdict, traces = read_json(folder / VERDICT), read_json(folder / TRACES)
     write_tables(folder, verdict)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # of what models say: a completion may well be HTML
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "interval": _interval, "signed": _signed}
-    page = environment.get_template(TEMPLATE).render(
+    filters = {"percent": _percent, "interval": _interval, "signed": _signed}
+    page = render(
+        TEMPLATE,
+        filters,
         verdict=verdict,
         traces=traces,
         sweep=read_json(folder / SWEEP) if (folder / SWEEP).exists() else None,
@@ -125,13 +118,9 @@ def draw_plots(folder: Path, verdict: Json, traces: Sequence[Json]) -> dict[str,
         wanted["families"] = (plots.families, (verdict,))
     found = {}
     for name, (plot, content) in wanted.items():
-        (folder / f"{name}.png").write_bytes(plots.picture(plot, content, "light", "png"))
-        found[name] = {theme: _data_uri(plots.picture(plot, content, theme, "svg")) for theme in plots.THEMES}
+        (folder / f"{name}.png").write_bytes(picture(plot, content, "light", "png"))
+        found[name] = themed(plot, content)
     return found
-
-
-def _data_uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def write_tables(folder: Path, verdict: Json) -> None:

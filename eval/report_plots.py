@@ -1,16 +1,11 @@
-"""The plots of a comparison, for light and dark pages.
+"""The plots of a comparison: one colour and one marker per arm, the same in every plot."""
 
-One colour and one marker per arm, the same in every plot: the palette of Okabe and Ito, which the
-colour-blind can tell apart, and the markers do the same in print.
-"""
-
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trueup.eval.compare_samples import BASELINE
+from trueup.eval.pages import COLOURS, GREY, MARKERS, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +14,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Style = Mapping[str, tuple[str, str]]  # arm -> (colour, marker)
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-THEMES = {"light": ("#1a1a1a", "#999999", "#ffffff"), "dark": ("#e6e6e6", "#777777", "#16181c")}
-WIDTH = 9.0  # inches
 
 # (name, label, factor) of the text figures that are worth a panel
 TEXT = (
@@ -42,36 +33,7 @@ def styles(names: Sequence[str]) -> Style:
         name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
         for place, name in enumerate(others)
     }
-    return {BASELINE: ("#888888", "o"), **found}
-
-
-def picture(plot: Callable[..., "Figure"], content: Sequence[Any], theme: str, form: str) -> bytes:
-    """A plot in a theme, as `png` or `svg`: the same bytes for the same content."""
-    import matplotlib
-
-    ink, faint, paper = THEMES[theme]
-    colours = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    papers = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
-    changed: dict[str, Any] = {
-        **dict.fromkeys(colours, ink), **dict.fromkeys(papers, paper),
-        "axes.edgecolor": faint, "legend.edgecolor": faint, "grid.color": faint, "grid.alpha": 0.3,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "svg.hashsalt": "trueup", "svg.fonttype": "path",
-    }  # fmt: skip
-    silent = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}  # no time, no version
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(changed):
-        plot(*content).savefig(buffer, format=form, dpi=150, metadata=silent[form])
-    return buffer.getvalue()
-
-
-@contextmanager
-def _panels(rows: int, columns: int, height: float) -> Iterator[tuple["Figure", list["Axes"]]]:
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return {BASELINE: (GREY, "o"), **found}
 
 
 # ------------------------------------------------------------------------------------------------ win rates
@@ -81,7 +43,7 @@ def win_rates(verdict: Json) -> "Figure":
     """Every pair: the win rate with its interval, each seed, and the rate at equal length."""
     pairs = verdict["pairs"]
     style = styles([arm["name"] for arm in verdict["arms"]])
-    with _panels(1, 1, 1.0 + 0.42 * len(pairs)) as (figure, (axes,)):
+    with panels(1, 1, 1.0 + 0.42 * len(pairs)) as (figure, (axes,)):
         for place, pair in enumerate(pairs):
             colour, marker = style[pair["a"]]
             _whisker(axes, pair["rate"], place, colour, marker)
@@ -90,7 +52,7 @@ def win_rates(verdict: Json) -> "Figure":
             if len(pair["by_seed"]) > 1:
                 seeds = [100 * rate for rate in pair["by_seed"]]
                 axes.plot(seeds, [place - 0.22] * len(seeds), ".", color=colour, ms=4, alpha=0.7)
-        axes.axvline(50, color="#888888", lw=1, ls="--")
+        axes.axvline(50, color=GREY, lw=1, ls="--")
         axes.set_yticks(range(len(pairs)), [f"{pair['a']} over {pair['b']}" for pair in pairs])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -112,12 +74,12 @@ def ratings(verdict: Json) -> "Figure":
     rated = [arm for arm in verdict["arms"] if arm["elo"] is not None]
     arms = sorted(rated, key=lambda arm: -arm["elo"])
     style = styles([arm["name"] for arm in verdict["arms"]])
-    with _panels(1, 1, 1.0 + 0.42 * len(arms)) as (figure, (axes,)):
+    with panels(1, 1, 1.0 + 0.42 * len(arms)) as (figure, (axes,)):
         for place, arm in enumerate(arms):
             colour, marker = style[arm["name"]]
             rating = {name: 4 / math.log(10) * value for name, value in arm["bradley_terry"].items()}
             _whisker(axes, rating, place, colour, marker)
-        axes.axvline(0, color="#888888", lw=1, ls="--")
+        axes.axvline(0, color=GREY, lw=1, ls="--")
         axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -133,11 +95,11 @@ def frontier(verdict: Json, traces: Sequence[Json]) -> "Figure":
     marks; what ranks, and the proxy if there is one."""
     style = styles([arm["name"] for arm in verdict["arms"]])
     ranking = f"scorers/{verdict['scorers'][0]}"
-    panels = [("score", ranking, f"{verdict['scorers'][0]} (ranks)")]
+    wanted = [("score", ranking, f"{verdict['scorers'][0]} (ranks)")]
     if "proxy" in verdict["arms"][0]["means"]:
-        panels.append(("proxy", "proxy", "the proxy (shown, never ranks)"))
-    with _panels(1, len(panels), 4.4) as (figure, every):
-        for axes, (name, measure, title) in zip(every, panels, strict=True):
+        wanted.append(("proxy", "proxy", "the proxy (shown, never ranks)"))
+    with panels(1, len(wanted), 4.4) as (figure, every):
+        for axes, (name, measure, title) in zip(every, wanted, strict=True):
             for trace in traces:
                 _trace(axes, trace, name, style[trace["arm"]])
             if name == "score":
@@ -204,7 +166,7 @@ def families(verdict: Json) -> "Figure":
 def _dots(verdict: Json, rows: Sequence[tuple[str, Mapping[str, Json]]], title: str, unit: str) -> "Figure":
     style = styles([arm["name"] for arm in verdict["arms"]])
     height = 1.3 + len(rows) * (0.16 + 0.11 * len(style))
-    with _panels(1, 1, height) as (figure, (axes,)):
+    with panels(1, 1, height) as (figure, (axes,)):
         for row, (_, intervals) in enumerate(rows):
             for place, (arm, interval) in enumerate(intervals.items()):
                 colour, marker = style[arm]
@@ -223,7 +185,7 @@ def _dots(verdict: Json, rows: Sequence[tuple[str, Mapping[str, Json]]], title: 
 def text(verdict: Json) -> "Figure":
     """What goes wrong in text: one panel per figure, one row per arm, one dot per seed."""
     style = styles([arm["name"] for arm in verdict["arms"]])
-    with _panels(2, 3, 2.2 + 0.36 * len(style)) as (figure, every):
+    with panels(2, 3, 2.2 + 0.36 * len(style)) as (figure, every):
         for number, (axes, (name, label, factor)) in enumerate(zip(every, TEXT, strict=True)):
             for place, arm in enumerate(verdict["arms"]):
                 colour, marker = style[arm["name"]]

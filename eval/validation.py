@@ -12,7 +12,7 @@ numbers of its own. So two evaluations differ by the policy alone, and two arms 
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,33 @@ class ValidationArguments:
     on_alarm: str = key(
         "warn", "What a guard's alarm does: warn, or stop with a checkpoint.", choices=["warn", "stop"]
     )
+    keep_checkpoints: str = key(
+        "none",
+        "Left in the work directory after publishing: none; or evaluated: the models of all evaluations.",
+        choices=["none", "evaluated"],
+    )
+
+    def checkpoints_kept(self) -> dict[str, Any]:
+        """What `keep_checkpoints` makes of the trainer's own arguments."""
+        if self.keep_checkpoints == "none":
+            return {}
+        every: Any = self  # the trainer's keys are of the stages' own classes
+        strategy = {"save_strategy": every.eval_strategy, "save_steps": every.eval_steps}
+        return strategy | {"save_total_limit": None}
+
+
+def validation_contradictions(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """See `trueup.recipes.stages.Stage`."""
+    best = given.get("metric_for_best_model") or ""
+    if best.removeprefix("eval_") == "score" and not given.get("scorers"):
+        yield "metric_for_best_model", "is the first scorer's; name scorers, such as [gold]"
+    if given.get("keep_checkpoints", "none") == "none":
+        return
+    if given.get("eval_strategy") == "no":
+        yield "keep_checkpoints", "evaluated, and eval_strategy: no contradict each other; delete one"
+    for name in ("save_strategy", "save_steps", "save_total_limit"):
+        if name in given:
+            yield name, "and keep_checkpoints: evaluated contradict each other; delete one"
 
 
 def scorer_parents(names: Sequence[str] | None, role: str = "scorers") -> dict[str, tuple[str, Kind | None]]:

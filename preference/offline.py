@@ -23,7 +23,7 @@ from trueup.base.stage import (
     template_errors,
     trainer_config,
 )
-from trueup.eval.validation import ValidationArguments, scorer_parents
+from trueup.eval.validation import ValidationArguments, scorer_parents, validation_contradictions
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import UsageError
 from trueup.recipes.run import Run, is_main_process
@@ -78,10 +78,7 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
                 for name in ("scorers", "max_new_tokens")
                 if given.get(name)
             ]
-        best = given.get("metric_for_best_model") or ""
-        if best.removeprefix("eval_") == "score" and not given.get("scorers"):
-            found.append(("metric_for_best_model", "is the first scorer's; name scorers, such as [gold]"))
-        return found
+        return [*found, *validation_contradictions(given)]
 
     def parents(self) -> dict[str, tuple[str, Kind | None]]:
         """The model it starts from, another reference, reward models that score, data that stages wrote."""
@@ -100,7 +97,6 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         from trueup.eval.frontier import FRONTIER, FrontierCallback
         from trueup.eval.guard_callback import GuardCallback
         from trueup.preference.offline_trainer import FallingChosen
-        from trueup.preference.ppo import assert_reference
 
         reference = run.parents.get("ref_model_name_or_path", run.parents["model_name_or_path"])
         _say(f"reference: {reference.name} ({reference.identity[:12]})")
@@ -116,10 +112,11 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         for callback in (guard, FrontierCallback(run.work_dir), FallingChosen()):
             trainer.add_callback(callback)
         metrics = fit(trainer, run) | {"alarms": float(len(guard.alarms))}
-        assert_reference(trainer.accelerator.unwrap_model(trainer.model), start)
+        adapters.assert_reference(trainer.accelerator.unwrap_model(trainer.model), start)
         row = next(iter(trainer.train_dataset))["prompt_ids"]
         probe = {"input_ids": torch.tensor([row[:64]])}
-        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER])
+        keep = self.keep_checkpoints == "evaluated"
+        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER], keep_models=keep)
 
     def trainer(
         self,
@@ -151,7 +148,9 @@ class OfflineArguments(StageArguments, ValidationArguments, DataArguments, Model
         if isinstance(next(iter(rows["train"]))["prompt"], list):
             check_template(tokenizer, masked=False)
         shared = {
-            "args": trainer_config(self.CONFIG, values, work_dir, max_length=length),
+            "args": trainer_config(
+                self.CONFIG, values, work_dir, max_length=length, **self.checkpoints_kept()
+            ),
             "processing_class": tokenizer,
             "train_dataset": rows["train"],
             "eval_dataset": rows.get("eval"),

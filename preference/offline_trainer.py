@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trueup.base import GPTForCausalLM
-from trueup.base.trainer import StageTrainer, whole
+from trueup.base.trainer import LengthGroups, StageTrainer, whole
 from trueup.preference.dpo_checks import (
     ROUNDING,
     answer_log_probs,
@@ -26,7 +26,6 @@ from trueup.preference.dpo_checks import (
     check_tokens,
 )
 from trueup.preference.lean_head import add_lean_head
-from trueup.preference.reward_trainer import LengthGroups
 from trueup.preference.value import disable_dropout, language_model
 
 MEASURED = 1000  # rows of a data set whose tokens are counted

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from trl import ModelConfig
 
 from trueup.base import adapters
-from trueup.base.data import DataArguments, Split, data_fingerprint
-from trueup.base.stage import StageArguments, key, load_model, load_tokenizer, set_up, trainer_config
+from trueup.base.stage import key, load_model, load_tokenizer, set_up, trainer_config
 from trueup.eval.validation import (
     Validation,
-    ValidationArguments,
     ValidationCallback,
     frozen_prompts,
     open_scorers,
@@ -26,14 +23,11 @@ from trueup.preference.online_trainer import (
     rollout_steps,
 )
 from trueup.preference.rewarded import (
-    RewardArguments,
+    RewardedRecipe,
     prompts_with_room,
-    reward_contradictions,
-    reward_parents,
     rewards_of,
     say_if_uncalibrated,
 )
-from trueup.recipes.directory import Kind
 from trueup.recipes.run import Run, is_main_process
 
 # What only `generate` or vLLM reads.
@@ -44,18 +38,12 @@ _TRL_SAMPLING = (
 
 
 @dataclass
-class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArguments, ModelConfig):
+class OnlineRecipe(RewardedRecipe):
     """Keys and run of both stages."""
 
-    # By the epoch, as StageArguments has it, would be once.
-    eval_strategy: str = key(
-        "steps", "When held-out prompts are sampled; no: never.", choices=["no", "steps", "epoch"]
-    )
-    eval_steps: float | None = key(0.1, "Evaluate every so many steps; below 1 a share of all.")
     save_steps: float = key(
         0.1, "Write a checkpoint every so many steps, whole rollouts; below 1 a share of all."
     )
-    num_train_epochs: float = key(1.0, "Passes over the prompts.")
 
     config_class: ClassVar[type]
     trainer_class: ClassVar[type[OnlineTrainer]]
@@ -67,8 +55,7 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
     @classmethod
     def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
         """See `trueup.recipes.stages.Stage`."""
-        found = super().contradictions({"eval_strategy": "steps", **given})
-        found += reward_contradictions(given)
+        found = super().contradictions(given)
         if given.get("generation_backend", "batched") == "batched":
             found += [
                 (name, "is read with generation_backend: transformers; add that, or delete it")
@@ -84,27 +71,15 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
             )
             if given.get(name)
         ]
-        best = given.get("metric_for_best_model") or ""
-        if best.removeprefix("eval_") == "score" and not given.get("scorers"):
-            found.append(("metric_for_best_model", "is the first scorer's; name scorers, such as [gold]"))
         if "max_completion_length" in given and not given["max_completion_length"]:
             found.append(("max_completion_length", "must be a number of tokens above 0"))
         return found
-
-    def parents(self) -> dict[str, tuple[str, Kind | None]]:
-        """The model it starts from, which is its reference too, and the reward models."""
-        return super().parents() | reward_parents(self)
-
-    def data(self) -> list[dict[str, Any]]:
-        """Fingerprints of the prompts, and of the held-out ones if they are sampled."""
-        return [data_fingerprint(self, split) for split in self._splits()]
 
     def run(self, run: Run) -> None:
         """Train, and publish the model directory."""
         from trueup.base.trainer import fit, publish
         from trueup.eval.frontier import FRONTIER, FrontierCallback
         from trueup.eval.guard_callback import GuardCallback
-        from trueup.preference.ppo import assert_reference
 
         trainer = self.trainer(run.recipe.values, run.work_dir)
         guard = GuardCallback(on_alarm="stop" if self.on_alarm == "stop" else "warn")
@@ -112,13 +87,14 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
             trainer.add_callback(callback)
         start = run.parents["model_name_or_path"]
         policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        assert_reference(policy, start)
+        adapters.assert_reference(policy, start)
         say_if_uncalibrated(trainer.rewards.scorers, "beta")
         metrics = fit(trainer, run)
-        assert_reference(policy, start)
+        adapters.assert_reference(policy, start)
         probe = {"input_ids": torch.arange(min(16, len(trainer.processing_class)))[None]}
-        metrics |= {"alarms": float(len(guard.alarms))}
-        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER])
+        metrics["alarms"] = float(len(guard.alarms))
+        keep = self.keep_checkpoints == "evaluated"
+        publish(trainer, run, metrics, probe, beside=[run.work_dir / FRONTIER], keep_models=keep)
 
     def trainer(self, values: dict[str, Any], work_dir: Path) -> OnlineTrainer:
         """The trainer, its prompts loaded.
@@ -135,9 +111,8 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
             for split in self._splits()
         }
         # Completions are shown by our evaluation; TRL would show those of training at every line of the log.
-        args = trainer_config(
-            self.config_class, values, work_dir, log_completions=False, num_generations_eval=1
-        )
+        shown = {"log_completions": False, "num_generations_eval": 1}
+        args = trainer_config(self.config_class, values, work_dir, **shown, **self.checkpoints_kept())
         trainer = self.trainer_class(
             model=model,
             reward_funcs=rewards_of(values),
@@ -166,10 +141,6 @@ class OnlineRecipe(RewardArguments, ValidationArguments, StageArguments, DataArg
         if reference is None and not self.use_peft:  # with beta 0 the trainer keeps none
             reference = load_model(self).eval().to(trainer.args.device)
         return ValidationCallback(trainer, validation, reference, show=self.log_completions)
-
-    def _splits(self) -> tuple[Split, ...]:
-        sampled = self.eval_strategy != "no" and self.max_eval_prompts > 0
-        return ("train", "validation") if sampled else ("train",)
 
 
 @dataclass

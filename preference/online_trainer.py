@@ -84,7 +84,8 @@ def rollout_steps(args: Any) -> int:
             "optimizer step"
         )
     steps: int = batches // accumulated
-    name = "eval_steps" if args.save_strategy == "best" else "save_steps"
+    with_evaluations = args.save_strategy == "best" or getattr(args, "keep_checkpoints", "none") != "none"
+    name = "eval_steps" if with_evaluations else "save_steps"
     every = getattr(args, name)
     if args.save_strategy in ("steps", "best") and every is not None and every >= 1 and every % steps:
         below = int(every // steps * steps)

@@ -1,43 +1,25 @@
 """The PPO stage: a fine-tuned language model learns to please a reward, held near to where it started."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from trl import ModelConfig
 
 from trueup.base import adapters
-from trueup.base.data import DataArguments, Split, data_fingerprint
-from trueup.base.stage import StageArguments, key, load_model, load_tokenizer, set_up, trainer_config
-from trueup.eval.validation import ValidationArguments
+from trueup.base.stage import key, load_model, load_tokenizer, set_up, trainer_config
 from trueup.preference.ppo_config import PPOConfig
-from trueup.preference.rewarded import (
-    RewardArguments,
-    prompts_with_room,
-    reward_contradictions,
-    reward_parents,
-    rewards_of,
-    say_if_uncalibrated,
-)
-from trueup.recipes.directory import Kind, ModelDirectory
+from trueup.preference.rewarded import RewardedRecipe, prompts_with_room, rewards_of, say_if_uncalibrated
 from trueup.recipes.errors import TrueupError
 from trueup.recipes.run import Run, is_main_process
 
 if TYPE_CHECKING:
     from trueup.preference.ppo_trainer import PPOTrainer
 
-# Of a checkpoint; the rest is a model directory.
-RESUME_FILES = (
-    "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "trainer_state.json",
-    "value_model.safetensors", "ppo_state.json", "checksums.json",
-)  # fmt: skip
-
 
 @dataclass
-class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArguments, ModelConfig, PPOConfig):
+class PPORecipe(RewardedRecipe, PPOConfig):
     """Optimise a language model against a reward by PPO. Steps are rounds of rollout and update."""
 
     on_alarm: str = key(
@@ -45,18 +27,11 @@ class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArgume
         "What a guard's alarm does: warn; stop; or rollback: stop, and publish the checkpoint before it.",
         choices=["warn", "stop", "rollback"],
     )
-    keep_checkpoints: str = key(
-        "none",
-        "Left in the work directory after publishing: none; or evaluated: the models of all evaluations.",
-        choices=["none", "evaluated"],
-    )
-    # By the epoch, as StageArguments has it, would be once: pass after pass over the prompts is one stream.
     eval_strategy: str = key(
         "steps", "When held-out prompts are sampled; no: never.", choices=["no", "steps"]
     )
     eval_steps: float | None = key(0.1, "Evaluate every so many rounds; below 1 a share of all.")
     save_steps: float = key(0.1, "Write a checkpoint every so many rounds; below 1 a share of all.")
-    num_train_epochs: float = key(1.0, "Passes over the prompts.")
     # Transformers' warm-up begins at a rate of 0, and a step is a whole round here: it would learn nothing.
     warmup_steps: float = key(0.0, "Rounds of linear warm-up; below 1 a share of all.")
 
@@ -67,8 +42,7 @@ class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArgume
     def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
         """See `trueup.recipes.stages.Stage`."""
         counted = {"max_steps": 1} if "total_episodes" in given else {}  # a length, for the shared checks
-        found = StageArguments.contradictions({"eval_strategy": "steps", **given, **counted})
-        found = [(name, message) for name, message in found if name in given]
+        found = super().contradictions({**given, **counted})
         if "total_episodes" in given:
             found = [(name, message) for name, message in found if name != "num_train_epochs"]
             found += [
@@ -76,47 +50,29 @@ class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArgume
                 for name in ("max_steps", "num_train_epochs")
                 if name in given
             ]
-        found += reward_contradictions(given)
         if given.get("kl_controller", "fixed") == "fixed":
             found += [
                 (name, "is read by kl_controller: adaptive alone; add that, or delete it")
                 for name in ("adaptive_kl_target", "adaptive_kl_horizon")
                 if name in given
             ]
-        best = given.get("metric_for_best_model") or ""
-        if best.removeprefix("eval_") == "score" and not given.get("scorers"):
-            found.append(("metric_for_best_model", "is the first scorer's; name scorers, such as [gold]"))
-        if given.get("keep_checkpoints") == "evaluated":
-            found += [
-                (name, "and keep_checkpoints: evaluated contradict each other; delete one")
-                for name in ("save_steps", "save_total_limit")
-                if name in given
-            ]
         return found
-
-    def parents(self) -> dict[str, tuple[str, Kind | None]]:
-        """The model it starts from, which is its reference too, and the reward models."""
-        return super().parents() | reward_parents(self)
-
-    def data(self) -> list[dict[str, Any]]:
-        """Fingerprints of the prompts, and of the held-out ones if they are sampled."""
-        return [data_fingerprint(self, split) for split in self._splits()]
 
     def run(self, run: Run) -> None:
         """Train, and publish the model directory."""
-        from trueup.base.trainer import fit
+        from trueup.base.trainer import clear_checkpoints, fit
         from trueup.eval.guard_callback import GuardCallback
 
         guard = GuardCallback(on_alarm="warn" if self.on_alarm == "warn" else "stop")
         trainer = self.trainer(run.recipe.values, run.work_dir)
         trainer.add_callback(guard)
         start = run.parents["model_name_or_path"]
-        assert_reference(trainer.policy, start)
+        adapters.assert_reference(trainer.policy, start)
         say_if_uncalibrated(trainer.rewards.scorers, "kl_coef")
         metrics = fit(trainer, run)
         if guard.alarms and self.on_alarm == "rollback":
             metrics["rolled_back_to"] = roll_back(trainer, guard.alarms[0].step)
-        assert_reference(trainer.policy, start)
+        adapters.assert_reference(trainer.policy, start)
         publish(trainer, run, metrics | {"alarms": float(len(guard.alarms))})
         if is_main_process():
             clear_checkpoints(run.work_dir, self.keep_checkpoints == "evaluated")
@@ -137,13 +93,10 @@ class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArgume
             split: prompts_with_room(self, split, tokenizer, model, "response_length")
             for split in self._splits()
         }
-        evaluated = {"save_steps": self.eval_steps, "save_total_limit": None}
         trainer = PPOTrainer(
             model=model,
             reward_funcs=rewards_of(values),
-            args=trainer_config(
-                PPOConfig, values, work_dir, **(evaluated if self.keep_checkpoints == "evaluated" else {})
-            ),
+            args=trainer_config(PPOConfig, values, work_dir, **self.checkpoints_kept()),
             train_dataset=rows["train"],
             eval_dataset=rows.get("validation"),
             processing_class=tokenizer,
@@ -155,44 +108,8 @@ class PPORecipe(RewardArguments, ValidationArguments, StageArguments, DataArgume
             print(f"{args.max_steps:,} rounds of {args.episodes_per_round:,} completions", flush=True)
         return trainer
 
-    def _splits(self) -> tuple[Split, ...]:
-        sampled = self.eval_strategy != "no" and self.max_eval_prompts > 0
-        return ("train", "validation") if sampled else ("train",)
 
-
-# -------------------------------------------------------------------------------------- reference, saving
-
-
-def assert_reference(policy: Any, start: ModelDirectory) -> None:
-    """Under LoRA the reference is the policy without its adapter: that is the start model, bit by bit.
-
-    `start` was opened by its content hash; here each of its tensors is compared with the one in memory.
-
-    Raises:
-        TrueupError: they differ.
-    """
-    if not adapters.is_adapter(policy) or getattr(policy.get_base_model(), "is_quantized", False):
-        return
-    held = {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for name, tensor in policy.get_base_model().state_dict().items()
-        if "lora_" not in name and ".modules_to_save." not in name
-    }
-    for name, tensor in _stored(start.path):
-        if name not in held or not torch.equal(held[name].cpu(), tensor.to(held[name].dtype)):
-            raise TrueupError(
-                f"{start.path}: {name} of the reference is not that of the model it started from "
-                f"({start.identity[:12]}); an adapter was merged into it, or its weights were changed"
-            )
-
-
-def _stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                yield name, file.get_tensor(name)
+# -------------------------------------------------------------------------------------------------- saving
 
 
 def roll_back(trainer: "PPOTrainer", alarm: int) -> int:
@@ -239,16 +156,3 @@ def publish(trainer: "PPOTrainer", run: Run, metrics: dict[str, float]) -> None:
         draw(trainer.state.log_history, path / PICTURE)
 
     run.publish(save, metrics, tokens=trainer.state.num_input_tokens_seen)
-
-
-def clear_checkpoints(work_dir: Path, keep_models: bool) -> None:
-    """Remove the checkpoints, or from each of them what only a resume needs: a model (or adapter) stays."""
-    from trueup.base.trainer import checkpoints
-
-    for checkpoint in checkpoints(work_dir):
-        if not keep_models:
-            shutil.rmtree(checkpoint)
-            continue
-        for pattern in RESUME_FILES:
-            for path in checkpoint.glob(pattern):
-                path.unlink()

@@ -505,10 +505,8 @@ class PPOTrainer(StageTrainer):
                 if parameter.requires_grad:
                     part = next(part for part in name.split(".") if part in ("policy", "value"))
                     groups[part == "value", name in decayed].append(parameter)
-            rates = {
-                False: self.args.learning_rate,
-                True: self.args.value_learning_rate or self.args.learning_rate,
-            }
+            policy_rate, value_rate = self.args.learning_rate, self.args.value_learning_rate
+            rates = {False: policy_rate, True: policy_rate if value_rate is None else value_rate}
             self.optimizer = optimizer_class(
                 [
                     {

@@ -1,17 +1,15 @@
 """TRL's RewardTrainer as trueup uses it: a pair is rendered as the scorer will render it, and counted."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import trl
 from datasets import Dataset, IterableDataset
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 
-from trueup.base.trainer import StageTrainer
+from trueup.base.trainer import LengthGroups, StageTrainer
 from trueup.eval.rendering import encode_pair
 from trueup.preference.pairs_clean import clean_pairs
 from trueup.preference.value import disable_dropout
@@ -19,8 +17,6 @@ from trueup.recipes.errors import TrueupError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-POOL = 50  # batches that are sorted by length together: more would make them more alike, and less random
 
 
 @dataclass
@@ -51,34 +47,6 @@ class PairTokens:
         if self.too_long:
             lines.append(f"  left out: {self.too_long:,} pairs longer than max_length {self.max_length:,}")
         return lines + [f"  {line}" for line in self.left_out]
-
-
-class LengthGroups(Sampler[int]):
-    """Rows of like length in one batch, the batches in random order: all decided by seed and epoch.
-
-    Transformers' own takes its order from the global random numbers, which stand elsewhere after a resume,
-    and goes from long rows to short ones again and again.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = torch.tensor(lengths), batch_size, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer at the beginning of each."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        pools = torch.randperm(len(self), generator=generator).split(POOL * self.batch_size)
-        sorted_pools = torch.cat([pool[self.lengths[pool].argsort()] for pool in pools])
-        batches = sorted_pools.split(self.batch_size)
-        whole = len(self) // self.batch_size  # what is left over stays last, or it would shift all others
-        order = [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]
-        return iter(torch.cat([batches[place] for place in order]).tolist())
 
 
 class RewardTrainer(StageTrainer, trl.RewardTrainer):

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trueup.base.data import Split, load_data
-from trueup.base.stage import key
+from trl import ModelConfig
+
+from trueup.base.data import DataArguments, Split, data_fingerprint, load_data
+from trueup.base.stage import StageArguments, key
 from trueup.eval.rendering import encode_prompt
 from trueup.eval.scorers import RewardModelScorer, Scorer
-from trueup.eval.validation import scorer_parents
+from trueup.eval.validation import ValidationArguments, scorer_parents, validation_contradictions
 from trueup.recipes.directory import Kind
 from trueup.recipes.errors import TrueupError
 from trueup.recipes.run import is_main_process
@@ -22,6 +24,38 @@ class RewardArguments:
         default=None,
         metadata={"help": "Further rewards: reward model directories, module:function, or registered names."},
     )
+
+
+@dataclass
+class RewardedRecipe(RewardArguments, ValidationArguments, StageArguments, DataArguments, ModelConfig):
+    """Keys and protocol of the stages that sample answers and learn from their reward; a stage adds its
+    trainer's config."""
+
+    # By the epoch, as StageArguments has it, would be once: pass after pass over the prompts is one stream.
+    eval_strategy: str = key(
+        "steps", "When held-out prompts are sampled; no: never.", choices=["no", "steps", "epoch"]
+    )
+    eval_steps: float | None = key(0.1, "Evaluate every so many steps; below 1 a share of all.")
+    save_steps: float = key(0.1, "Write a checkpoint every so many steps; below 1 a share of all.")
+    num_train_epochs: float = key(1.0, "Passes over the prompts.")
+
+    @classmethod
+    def contradictions(cls, given: dict[str, Any]) -> list[tuple[str, str]]:
+        """See `trueup.recipes.stages.Stage`."""
+        found = super().contradictions({"eval_strategy": "steps", **given})
+        return [*found, *reward_contradictions(given), *validation_contradictions(given)]
+
+    def parents(self) -> dict[str, tuple[str, Kind | None]]:
+        """The model it starts from, which is its reference too, and the reward models."""
+        return super().parents() | reward_parents(self)
+
+    def data(self) -> list[dict[str, Any]]:
+        """Fingerprints of the prompts, and of the held-out ones if they are sampled."""
+        return [data_fingerprint(self, split) for split in self._splits()]
+
+    def _splits(self) -> tuple[Split, ...]:
+        sampled = self.eval_strategy != "no" and self.max_eval_prompts > 0
+        return ("train", "validation") if sampled else ("train",)
 
 
 def rewards_of(values: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -75,6 +76,15 @@ def identity(directory: Path) -> str:
         digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def parameter_count(directory: Path) -> int:
+    """Numbers in the weights of a model directory; a tied matrix is stored, and counts, once.
+
+    Raises:
+        TrueupError: weights are missing or a file is cut short.
+    """
+    return sum(math.prod(shape) for _, _, shape, _ in _tensors(directory))
 
 
 def holds_model(directory: Path) -> bool:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
-from trueup.recipes.errors import UsageError
+from trueup.recipes.errors import UsageError, nearest_path
 from trueup.recipes.machine import machine_defaults
 from trueup.recipes.retired import RETIRED, Refused
 from trueup.recipes.schema import BadValue, Key, fit, schema_of, show
@@ -222,7 +222,7 @@ def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe{nearest_file(path)}") from None
+        raise UsageError(f"{path}: no such recipe{nearest_path(path)}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     try:
@@ -232,14 +232,6 @@ def _read_text(path: Path) -> str:
         raise UsageError(
             f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
         ) from None
-
-
-def nearest_file(path: Path) -> str:
-    """`; did you mean X?` for a path that does not exist, or an empty text."""
-    if not path.parent.is_dir():
-        return f": the folder {path.parent} does not exist"
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _yaml_message(path: Path, error: YAMLError) -> str:

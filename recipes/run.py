@@ -43,7 +43,7 @@ NEUTRAL_KEYS = {
     "trackio_static_space_id", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "skip_memory_metrics", "ddp_timeout",
     "debug",
-    "eval_tasks", "eval_tasks_limit",
+    "eval_tasks", "eval_tasks_limit", "keep_checkpoints",
     "size",  # what follows from it are keys of their own
 }  # fmt: skip
 

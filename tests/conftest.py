@@ -89,6 +89,20 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are cached in a folder of this test's own."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, own_cache: None) -> Any:
+    """What arms of a comparison are made from; see compare_models.World."""
+    from compare_models import World
+
+    return World(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a base model of 2 layers, as pretraining would write it."""

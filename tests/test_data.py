@@ -324,8 +324,8 @@ def test_equal_answers_are_left_out_and_counted(put: Callable[[str, Any], str]) 
 def test_names_that_are_not_there(put: Callable[[str, Any], str], tmp_path: Path) -> None:
     name = put("stories.jsonl", [{"text": "x"}])
     for wrong, message in (
-        (name.replace("stories", "storys"), r"no such file or folder\. Did you mean .*stories\.jsonl\?"),
-        (str(tmp_path / "datta" / "x.jsonl"), r"There is no folder .*datta"),
+        (name.replace("stories", "storys"), r"no such file or folder; did you mean .*stories\.jsonl\?"),
+        (str(tmp_path / "datta" / "x.jsonl"), r"there is no folder .*datta \(.* exists\)"),
         (str(tmp_path / "data" / "*.csv"), "no file matches this pattern"),
         (put("odd.xyz", "x"), r"unknown kind of file '\.xyz'\. Known kinds: \.txt"),
     ):

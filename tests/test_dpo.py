@@ -16,7 +16,7 @@ import offline_models
 import pytest
 import torch
 from offline_models import PAIRS, first_batch, log_probs, prepared, run, shake
-from transformers import AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from trueup.preference import dpo_checks
 from trueup.preference.offline_trainer import FallingChosen, OfflineTrainer
@@ -277,6 +277,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lora_dropout": ({"use_peft": True, "lora_dropout": 0.1}, "turned off with all other dropout"),
     "metric_for_best_model": ({"metric_for_best_model": "eval_score", "scorers": "unset"}, "name scorers"),
     "scorers": ({"eval_strategy": "no", "eval_steps": "unset"}, "and eval_strategy is no"),
+    "save_steps": ({"keep_checkpoints": "evaluated"}, "and keep_checkpoints: evaluated contradict"),
+    "keep_checkpoints": (
+        {"keep_checkpoints": "evaluated", "eval_strategy": "no"}, "and eval_strategy: no contradict",
+    ),
     "max_prompt_length": ({"max_prompt_length": 32}, "max_length, with truncation_mode"),
 }  # fmt: skip
 
@@ -318,6 +322,16 @@ def test_it_learns_and_publishes_what_it_was_measured_by(
     said = capsys.readouterr().out
     assert f"reference: {start} ({identity(start)[:12]})" in said
     assert said.count("first batch checked") == 1
+
+
+def test_the_models_of_all_evaluations_may_be_kept(recipe: Any) -> None:
+    """One by one a model directory, without what only a resume needs."""
+    out = run(recipe(max_steps=4, keep_checkpoints="evaluated", save_steps="unset"))
+    kept = sorted(Path(f"{out}.work").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-2", "checkpoint-4"]
+    last, published = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (kept[-1], out))
+    assert all(torch.equal(tensor, published[name]) for name, tensor in last.items())
+    assert not [path.name for path in kept[-1].iterdir() if "optimizer" in path.name or "state" in path.name]
 
 
 def test_the_best_by_validation_score_is_published(recipe: Any) -> None:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from trueup.app.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"recipes": 1, "base": 2, "eval": 3, "sft": 4, "preference": 4, "app": 5}
@@ -46,6 +49,14 @@ def test_the_command_starts_without_heavy_packages() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", ["eval", "app", "serve", "export", "exam"])
+def test_the_options_of_a_verb_fit_a_terminal(verb: str) -> None:
+    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80"}).output
+    assert "--" in shown
+    assert "…" not in shown, "a name is cut"
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_second_copy_of_a_package_cannot_be_imported() -> None:

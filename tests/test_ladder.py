@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from compare_models import World
 from rich.console import Console
@@ -31,7 +30,7 @@ def write_run(folder: Path, name: str, stage: str, start: str = "", **changes: A
     if start:
         before = json.loads((folder / start / "trueup.json").read_text())
         parents["model_name_or_path"] = {"identity": start, "path": start, **before}
-    record = {"stage": stage, "identity": name, "parents": parents, "metrics": {}, "recipe": {}}
+    record = {"stage": stage, "identity": name, "parents": parents, "metrics": {}, "recipe": {}, "data": []}
     record |= {
         "started": f"2026-01-01T00:00:{len(list(folder.iterdir())):02}Z",
         "seconds": 60.0,
@@ -111,13 +110,9 @@ def test_leftovers_of_runs_are_no_runs(runs: Path) -> None:
     assert len(runs_below(runs)) == 4
 
 
-def test_a_real_comparison_fills_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_real_comparison_fills_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds of one method are one step, with the time of both; best-of-n has no run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(compare, "write_report", lambda folder: None)
-    world = World(tmp_path)
     took = {"seconds": 100.0, "tokens": 50, "started": "2026-01-01T00:00:00Z", "metrics": {}}
     arms = {"dpo": [world.dpo("dpo-0", 1, **took), world.dpo("dpo-1", 2, **took)]}
     keys = {"best_of": [2], "reward_model_name_or_path": str(world.reward)}

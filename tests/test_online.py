@@ -317,6 +317,15 @@ def test_evaluations_and_guards_are_those_of_every_preference_stage(
     assert metrics["alarms"] == 1
 
 
+def test_the_models_of_all_evaluations_may_be_kept(recipe: Any) -> None:
+    kept = {"keep_checkpoints": "evaluated", "eval_steps": 2}
+    out = run(recipe(**kept))
+    names = sorted(path.name for path in Path(f"{out}.work").glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(UsageError, match="eval_steps: 3 is not a multiple of 2"):
+        recipe(**kept | {"eval_steps": 3}).build()
+
+
 def test_contradictions_are_told_with_their_lines(recipe: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(

@@ -430,6 +430,8 @@ def test_value_model_has_a_learning_rate_of_its_own_in_the_one_optimizer(tmp_pat
         assert rate_of[id(parameter)] == (7e-3 if name.startswith("value.") else 1e-3), name
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
     assert {group["eps"] for group in groups} == {1e-5}
+    frozen = ppo_models.trainer(tmp_path, value_learning_rate=0.0).create_optimizer().param_groups
+    assert {group["lr"] for group in frozen} == {0.0, 1e-3}
 
 
 def test_a_round_stops_when_the_policy_has_gone_too_far(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trueup.base import adapters
 from trueup.preference import ppo
 from trueup.recipes.directory import RECORD, identity, open_directory, write_json
 from trueup.recipes.errors import TrueupError, UsageError
@@ -198,11 +199,11 @@ def test_the_reference_under_lora_is_the_start_model_bit_by_bit(tmp_path: Path) 
     start = open_directory(save(eval_models.policy(), tmp_path / "sft"))
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(start.path), config)
-    ppo.assert_reference(policy, start)
+    adapters.assert_reference(policy, start)
     with torch.no_grad():
         policy.get_base_model().model.norm.weight[3] += 1e-6
     with pytest.raises(TrueupError, match=r"model\.norm\.weight of the reference is not that of the model"):
-        ppo.assert_reference(policy, start)
+        adapters.assert_reference(policy, start)
 
 
 def test_an_alarm_stops_and_rolls_back(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

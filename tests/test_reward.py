@@ -158,7 +158,7 @@ def test_the_head_is_drawn_from_the_seed_on_the_start_models_trunk(reward: Any, 
 
 
 def test_batches_are_of_like_length_and_their_order_is_the_epochs() -> None:
-    from trueup.preference.reward_trainer import LengthGroups
+    from trueup.base.trainer import LengthGroups
 
     lengths = [random.Random(place).randrange(10, 100) for place in range(403)]
     sampler = LengthGroups(lengths, 8, seed=3)

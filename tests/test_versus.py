@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import eval_models
 import pytest
 from compare_models import World, verdict
@@ -18,20 +17,12 @@ from trueup.recipes.errors import UsageError
 from trueup.recipes.reader import Recipe, read_recipe
 from trueup.recipes.run import open_run
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ARMS: dict[str, Any] = {
     "dpo": {"stage": "dpo", "per_device_train_batch_size": 4, "sweep": {"beta": [0.1, 0.3]}},
     "ppo": {"stage": "ppo", "per_device_train_batch_size": 8, "sweep": {"kl_coef": [0.05, 0.2]}},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
 
 
 def write(world: World, **changes: Any) -> Path:
