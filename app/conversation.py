@@ -13,7 +13,7 @@ from trueup.app.leaderboard import Leaderboard, leaderboard
 from trueup.app.models_pool import Loaded, ModelPool
 from trueup.app.votes import CHOICES, Choice, Vote, VoteStore
 from trueup.eval.rendering import Messages, Text
-from trueup.recipes.errors import UsageError
+from trueup.recipes.errors import TrueupError, UsageError
 
 MOST = 4  # answers side by side that a page has room for
 REMEMBERED = 1000  # conversations that can still be continued or voted on
@@ -104,9 +104,11 @@ class Conversation:
     @property
     def votable(self) -> bool:
         """Whether both answers are there, whole, and nobody has voted."""
-        return self.hidden and all(
+        whole = all(
             side.figures and side.figures.finish != "stopped" and not side.error for side in self.sides
         )
+        # A side that failed in between was not asked what the other was.
+        return self.hidden and whole and len({len(side.messages) for side in self.sides}) == 1
 
     def ask(self, pool: ModelPool, text: str, settings: ReplySettings, system: str = "") -> Iterator[None]:
         """Let every side answer; comes back whenever there is something new to show.
@@ -139,6 +141,8 @@ class Conversation:
         Args:
             place: its index in the conversation; -1: the user's last.
         """
+        if self._answering.locked():
+            raise UsageError("the answer is still being given; stop it first")
         [side] = self.sides
         asked = [index for index, turn in enumerate(side.messages) if turn["role"] == "user"]
         place = asked[-1] if place == -1 and asked else place
@@ -273,6 +277,8 @@ def measure(figures: Figures, pool: ModelPool, loaded: Loaded, prompt: Text, gen
     if figures.reference:
         try:
             with pool.using(figures.reference) as reference:
+                if reference.identity != loaded.reference:
+                    raise TrueupError(f"{figures.reference} was trained anew; start the app again for its KL")
                 [ratios] = log_ratios(loaded.model, reference.model, [sample])
                 figures.kl = float(ratios.sum())
         except Exception as error:

@@ -90,7 +90,8 @@ def evaluate(
     Scores with standard errors go to eval/*.json in the model's directory, which stays the same model by its
     content hash, together with all that swings them: chat template, worked examples, truncation.
     """
-    if not tasks:
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names:
         raise UsageError(
             "name what to measure: --tasks lab, or arc_easy,piqa (tasks of lm-eval), or a YAML file"
         )
@@ -103,7 +104,7 @@ def evaluate(
     settings = EvalSettings(
         num_fewshot, apply_chat_template, system_instruction, limit, seed, add_bos_token, batch_size
     )
-    loaded = load_tasks([name.strip() for name in tasks.split(",")])
+    loaded = load_tasks(names)
     said = Console(stderr=True, highlight=False)
     reports: list[list[Report]] = []
     for name in models:

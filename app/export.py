@@ -54,6 +54,8 @@ def _export_gguf(
     from trueup.base.convert_gguf import TOLERANCES, read_gguf, write_gguf
     from trueup.base.convert_parity import checked_parity
 
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output), atomic_file(output) as partial:
         write_gguf(model, tokenizer, partial, outtype)
         return checked_parity(model, read_gguf(partial, model.config), TOLERANCES[outtype])

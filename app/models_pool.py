@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trueup.eval.report import REPORT
-from trueup.recipes.directory import RECORD, is_comparison, is_data_set, open_directory, read_json
+from trueup.recipes.directory import (
+    RECORD,
+    is_comparison,
+    is_data_set,
+    open_directory,
+    read_json,
+    short_names,
+)
 from trueup.recipes.errors import TrueupError, UsageError
 from trueup.recipes.hub import config_of, is_hub_id, local_directory
 from trueup.recipes.machine import accelerator
@@ -78,19 +85,19 @@ def find_entries(places: Sequence[str]) -> list[Entry]:
     Raises:
         UsageError: nothing is there.
     """
-    found: dict[str, Kind] = {}
+    found: dict[Path, tuple[str, Kind]] = {}  # by its whole path: one may be named in two ways
     for place in places:
         if Path(place).is_dir():
             below = list(_runs(Path(place), DEEP))
             if not below:
                 raise UsageError(f"{place}: no model and no comparison is in there; name the output of a run")
-            found |= {str(path): kind for path, kind in below}
+            found |= {Path(os.path.abspath(path)): (str(path), kind) for path, kind in below}
         elif is_hub_id(place):
-            found[place] = _hub_kind(place)
+            found[Path(place)] = (place, _hub_kind(place))
         else:
             raise UsageError(f"{place}: no such directory, nor is it a Hub id (org/name)")
-    names = _short_names(list(found))
-    return [Entry(names[place], place, kind) for place, kind in found.items()]
+    names = short_names(path for path in found if path.is_absolute())
+    return [Entry(names.get(path, place), place, kind) for path, (place, kind) in found.items()]
 
 
 def _runs(folder: Path, deep: int) -> Iterator[tuple[Path, Kind]]:
@@ -127,22 +134,6 @@ def _kind_of_config(config: dict[str, Any]) -> Kind | None:
     if names[0].endswith("ForSequenceClassification"):
         return "reward"
     return "chat" if names[0].endswith(("ForCausalLM", "ForConditionalGeneration")) else None
-
-
-def _short_names(places: list[str]) -> dict[str, str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = {
-        place: Path(os.path.abspath(place)).parts if Path(place).is_dir() else (place,) for place in places
-    }
-    names: dict[str, str] = {}
-    for place, mine in parts.items():
-        ends = (
-            count
-            for count in range(1, len(mine) + 1)
-            if all(other[-count:] != mine[-count:] for name, other in parts.items() if name != place)
-        )
-        names[place] = "/".join(mine[-next(ends) :]).removeprefix("//")
-    return names
 
 
 # ------------------------------------------------------------------------------------------------ loading

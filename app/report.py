@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trueup.recipes.directory import is_comparison
 from trueup.recipes.errors import UsageError
 
 
@@ -24,6 +25,8 @@ def report(
     from trueup.eval.ladder import ladder, runs_below
     from trueup.eval.ladder_render import PAGE, print_ladder, write_page
 
+    if is_comparison(folder):
+        raise UsageError(f"{folder}: is a comparison, with a report of its own; name the folder of its runs")
     found = ladder(runs_below(folder), price)
     if not found.steps:
         raise UsageError(f"{folder}: holds no model of a stage yet, so there is no ladder to show")

@@ -19,18 +19,20 @@ def serve(
     but a queue: keep other addresses than this machine's own for networks that you trust.
     """
     import socket
+    import sys
 
     import uvicorn
 
-    from trueup.app.models_pool import Entry, ModelPool, default_memory
+    from trueup.app.models_pool import Entry, ModelPool
     from trueup.app.serve_api import build_api
 
-    name = Path(directory).name
-    pool = ModelPool([Entry(name, directory, "chat")], default_memory())
+    name = Path(directory).resolve().name
+    pool = ModelPool([Entry(name, directory, "chat")], sys.maxsize)  # there are no others to leave room for
     with pool.using(name) as loaded:  # what is wrong with it is said now, and not to the first client
         api = build_api(loaded, host)
         try:
-            listening = socket.create_server((host, port))
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listening = socket.create_server((host, port), family=family)
         except OSError as error:
             raise TrueupError(
                 f"{host}:{port}: cannot be listened on ({error.strerror}); choose another --port"

@@ -25,7 +25,7 @@ def app(
     auth: Annotated[Path | None, typer.Option(help="A file of USER:PASSWORD lines: who may come in.")] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB that all models may take; default: half of what is free."),
+        typer.Option(min=0, help="GiB that all models may take; default: half of what is free."),
     ] = None,
 ) -> None:
     """Chat, side-by-side comparison, leaderboard and reports in the browser, of the runs named, or of runs/.
@@ -43,14 +43,16 @@ def app(
     from trueup.app.votes import VoteStore
 
     entries = find_entries(places)
-    pool = ModelPool(entries, int(memory * 2**30) if memory else default_memory())
+    pool = ModelPool(entries, default_memory() if memory is None else int(memory * 2**30))
     if not pool.names("chat"):
         raise UsageError(f"{', '.join(places)}: there is no language model among them")
     page = build_page(Arena(pool, VoteStore(votes)))
     try:
         _, local, public = serve_page(page, host, port, share=share, auth=users)
     except OSError as error:
-        raise TrueupError(f"--port {port}: cannot be listened on ({error}); choose another") from error
+        raise TrueupError(
+            f"--port {port or 'from 7860'}: cannot be listened on ({error}); choose another"
+        ) from error
     print(f"{len(pool.names('chat'))} models at {public or local}, votes in {votes}; Ctrl-C ends", flush=True)
     if users is None and (share or not is_loopback(host)):
         print("anyone who reaches this address can use it: --auth asks for a password", file=sys.stderr)

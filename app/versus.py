@@ -12,6 +12,7 @@ validation prompts is trained with other seeds; those runs are compared, once, o
 an ordinary one: its recipe and its directory lie in `<output_dir>.runs/`, and what is complete stays.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -214,8 +215,8 @@ def _best(plans: Sequence[Plan], folder: Path) -> Plan:
     scores = {}
     for plan in plans:
         metrics = read_json(folder / plan.name / RECORD)["metrics"]
-        if "eval_score" not in metrics:
-            raise TrueupError(f"{folder / plan.name}: has no eval_score, so it cannot be chosen by it")
+        if not math.isfinite(metrics.get("eval_score", math.nan)):
+            raise TrueupError(f"{folder / plan.name}: has no finite eval_score, so it cannot be chosen by it")
         scores[plan.name] = metrics["eval_score"]
     return max(plans, key=lambda plan: scores[plan.name])
 

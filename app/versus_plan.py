@@ -31,7 +31,7 @@ LENGTH = ("total_episodes", "max_steps", "num_train_epochs")  # keys that say ho
 # Shared keys under one name everywhere.
 COMMON = ("model_name_or_path", "output_dir", "seed", "scorers", "max_eval_prompts", "eval_strategy",
           "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model",
-          "greater_is_better")  # fmt: skip
+          "greater_is_better", "keep_checkpoints")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,14 @@ def _length(stage: str, own: Mapping[str, Any], episodes: int, arm: str) -> Valu
         return int(own.get(key, schema[key].default))
 
     step = value("per_device_train_batch_size") * value("gradient_accumulation_steps")
-    step = (
-        step * 2
-        if stage == "dpo"
-        else step // value("num_iterations")
-        if "num_iterations" in schema
-        else step
-    )
-    if step < 1 or episodes % step:
+    step *= 2 if stage == "dpo" else 1
+    read = episodes * (value("num_iterations") if "num_iterations" in schema else 1)  # each so many times
+    if step < 1 or read < step or read % step:
         raise UsageError(
             f"{arm}: total_episodes {episodes} is no whole number of its steps of {step} answers "
             "(per_device_train_batch_size x gradient_accumulation_steps, and two to a pair)"
         )
-    return {"total_episodes": episodes} if stage == "ppo" else {"max_steps": episodes // step}
+    return {"total_episodes": episodes} if stage == "ppo" else {"max_steps": read // step}
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -145,11 +140,11 @@ def _problems_of(arm: Any) -> Iterator[str]:
         yield f"takes a mapping with a stage, one of {', '.join(STAGES)}"
         return
     sweep = arm.get("sweep") or {}
-    if not isinstance(sweep, dict) or not all(
-        isinstance(values, list) and values for values in sweep.values()
-    ):
-        yield "sweep takes lists of values: {beta: [0.1, 0.3]}"
+    lists = isinstance(sweep, dict) and all(isinstance(values, list) for values in sweep.values())
+    if not lists or not all(len(set(map(repr, values))) == len(values) > 0 for values in sweep.values()):
+        yield "sweep takes lists of values, each once: {beta: [0.1, 0.3]}"
         return
+    yield from (f"{key} is both fixed and swept; delete one" for key in sweep if key in arm)
     held = {*COMMON, *LENGTH, *STAGES[arm["stage"]], *(one.name for one in fields(DataArguments))}
     for key in (key for key in [*arm, *sweep] if key in held):
         yield f"{key} is shared by all arms: it follows from the keys of versus; delete it"

@@ -81,16 +81,19 @@ class VoteStore:
 
         Returns:
             False if the comparison has its vote already, which then stays.
+
+        Raises:
+            TrueupError: it could not be stored.
         """
         values = {name: getattr(vote, name) for name in _COLUMNS}
         values |= {name: json.dumps(values[name], ensure_ascii=False) for name in _JSONS}
         places = ", ".join(f":{name}" for name in _COLUMNS)
-        with closing(self._connect()) as connection, connection:
-            done = connection.execute(
-                f"INSERT INTO votes ({', '.join(_COLUMNS)}) VALUES ({places}) ON CONFLICT (id) DO NOTHING",
-                values,
-            )
-            return done.rowcount == 1
+        statement = f"INSERT INTO votes ({', '.join(_COLUMNS)}) VALUES ({places}) ON CONFLICT (id) DO NOTHING"
+        try:
+            with closing(self._connect()) as connection, connection:
+                return connection.execute(statement, values).rowcount == 1
+        except sqlite3.OperationalError as error:  # the disk is full, say, or another holds the file too long
+            raise TrueupError(f"{self.path}: the vote was not stored ({error}); vote again") from error
 
     def all(self) -> list[Vote]:
         """Every vote, the oldest first."""
@@ -120,9 +123,9 @@ def preference_rows(votes: Sequence[Vote]) -> Iterator[dict[str, Any]]:
     from the first one on, so chosen and rejected hold all that follows, as in Anthropic's hh-rlhf.
     """
     for vote in votes:
-        if vote.choice not in ("left", "right") or vote.left == vote.right:
+        if vote.choice not in ("left", "right") or vote.left == vote.right or not _asked_alike(vote):
             continue
-        pairs = zip(vote.left, vote.right, strict=False)
+        pairs = zip(vote.left, vote.right, strict=True)
         same = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
         sides = {"left": vote.left, "right": vote.right}
         names = {"left": vote.left_name, "right": vote.right_name}
@@ -135,6 +138,12 @@ def preference_rows(votes: Sequence[Vote]) -> Iterator[dict[str, Any]]:
             "model_rejected": names[other],
             "vote": vote.id,
         }
+
+
+def _asked_alike(vote: Vote) -> bool:
+    """Whether both were asked the same: no longer so where one had failed to answer in between."""
+    left, right = ([turn for turn in side if turn["role"] != "assistant"] for side in (vote.left, vote.right))
+    return left == right and len(vote.left) == len(vote.right)
 
 
 def export(votes: Sequence[Vote], path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from trueup.eval.ladder_runs import RunGroup, run_groups
 from trueup.eval.results import lm_eval_results
-from trueup.recipes.directory import RECORD, VERDICT, ModelDirectory, read_json
+from trueup.recipes.directory import RECORD, VERDICT, ModelDirectory, read_json, short_names
 from trueup.recipes.errors import UsageError
 
 Json = dict[str, Any]
@@ -180,7 +180,8 @@ def ladder(directories: Iterable[Path], price: float | None = None) -> Ladder:
     runs.sort(key=lambda run: (_depth(run.lineage), run.record["started"]))
     verdicts = [run for run in runs if (run.path / VERDICT).exists()]
     verdicts.sort(key=lambda run: run.record["started"])
-    names = _names(runs)
+    short = short_names([run.path for run in runs])
+    names = [short[run.path] for run in runs]
     steps = [_step(run, name) for run, name in zip(runs, names, strict=True) if run.record["stage"] in MODELS]
     besides = {
         name if run.record["stage"] in name else f"{run.record['stage']} {name}": (
@@ -195,6 +196,7 @@ def ladder(directories: Iterable[Path], price: float | None = None) -> Ladder:
         verdict = read_json(run.path / VERDICT)
         steps = _with_arms(steps, verdict, run.path, besides)
         notes += [f"{run.path}: {note}" for note in [*verdict["void"].values(), *verdict["unequal"]]]
+    _choose_bits(steps)
     _mark_noise(steps)
     return Ladder(steps, besides, price, list(dict.fromkeys(notes)), run_groups(runs))
 
@@ -206,15 +208,6 @@ def _records(directories: Iterable[Path]) -> Iterator[tuple[Path, Json]]:
 
 def _depth(lineage: Mapping[str, Any]) -> int:
     return 1 + max((_depth(parent) for parent in lineage["parents"].values()), default=0)
-
-
-def _names(runs: Sequence[ModelDirectory]) -> list[str]:
-    """Names of directories, with their folder where several are called the same."""
-    count = Counter(run.path.name for run in runs)
-    return [
-        f"{run.path.parent.name}/{run.path.name}" if count[run.path.name] > 1 else run.path.name
-        for run in runs
-    ]
 
 
 def _step(run: ModelDirectory, name: str) -> Step:
@@ -235,10 +228,7 @@ def _step(run: ModelDirectory, name: str) -> Step:
             step.cells[figure] = Cell(factor * metrics[name], source="v")
     for name, found in lm_eval_results(run).items():
         error = found["stderr"]
-        cell = Cell(found["value"] or 0.0, None if error is None else 1.96 * error)
-        step.cells[name] = cell
-        if "bits_per_byte" in name.split():
-            step.cells[BITS] = cell
+        step.cells[name] = Cell(found["value"] or 0.0, None if error is None else 1.96 * error)
     return step
 
 
@@ -301,7 +291,7 @@ def _read_arm(step: Step, arm: Json, pair: Json | None, taxes: Sequence[Json]) -
     step.cells[LENGTH] = Cell(tokens["estimate"], (tokens["high"] - tokens["low"]) / 2, even=even)
     step.cells[REPETITION] = Cell(100 * arm["text"]["repetition"])
     bits = [one["bits_per_byte"] for one in taxes if "bits_per_byte" in one]
-    if bits and (BITS not in step.cells or step.cells[BITS].source):
+    if bits:
         step.cells[BITS] = Cell(sum(bits) / len(bits), source="c")
     if len(step.identities) > 1:
         step.cells |= _mean_of_seeds([one["lm_eval"] for one in taxes])
@@ -317,6 +307,15 @@ def _mean_of_seeds(results: Sequence[Mapping[str, Json]]) -> dict[str, Cell]:
         mean = sum(one[name]["value"] for one in results) / len(results)
         found[name] = Cell(mean, None if None in errors else 1.96 * sum(errors) / len(errors))
     return found
+
+
+def _choose_bits(steps: Sequence[Step]) -> None:
+    """By lm-eval where it measured them: of one text, asked in one way, or the line would compare texts."""
+    names = Counter(name for step in steps for name in step.cells if "bits_per_byte" in name.split()[1:2])
+    for text, _ in names.most_common(1):
+        for step in steps:
+            if text in step.cells:
+                step.cells[BITS] = step.cells[text]
 
 
 def _mark_noise(steps: Sequence[Step]) -> None:

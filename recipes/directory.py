@@ -16,7 +16,8 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -216,6 +217,16 @@ def _kind_words(architecture: str) -> str:
         if architecture.endswith(suffix):
             return _KIND_WORDS[kind]
     return architecture
+
+
+def short_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """Path -> its last part, or as many of them as it takes to tell it from the others."""
+    parts = {path: path.parts for path in paths}
+    counts = Counter(mine[-count:] for mine in parts.values() for count in range(1, len(mine) + 1))
+    return {
+        path: "/".join(next((mine[-n:] for n in range(1, len(mine)) if counts[mine[-n:]] == 1), [str(path)]))
+        for path, mine in parts.items()
+    }
 
 
 def read_json(path: Path) -> Any:

@@ -89,6 +89,17 @@ def test_the_figures_are_those_of_the_instruments(arena: Arena) -> None:
     assert (tuned.tokens, tuned.finish) == (len(again.ids), again.finish)
 
 
+def test_the_kl_is_from_the_reference_it_was_held_to(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    with arena.pool.using("sft") as sft:
+        monkeypatch.setattr(sft, "identity", "of another training")
+    talk = arena.begin(["dpo"])
+    ask(arena, talk)
+    figures = talk.sides[0].figures
+    assert figures is not None
+    assert figures.kl is None
+    assert "sft was trained anew" in figures.notes[0]
+
+
 def test_a_side_that_cannot_answer_says_why_and_the_others_go_on(arena: Arena) -> None:
     talk = arena.begin(["damaged", "sft"])
     ask(arena, talk)
@@ -127,6 +138,28 @@ def test_forgetting_takes_back_the_user_s_turn_and_all_after_it(arena: Arena) ->
     assert talk.sides[0].messages == []
     with pytest.raises(UsageError, match="no such message"):
         talk.forget(-1)
+
+
+def test_nothing_is_taken_back_while_the_answer_grows(arena: Arena) -> None:
+    talk = arena.begin(["left-parrot"])
+    growing = talk.ask(arena.pool, "one?", SHORT)
+    next(growing)
+    with pytest.raises(UsageError, match="still being given"):
+        talk.forget(-1)
+    list(growing)
+    assert talk.forget(-1) == "one?"
+
+
+def test_sides_that_were_asked_different_things_cannot_be_voted_on(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = arena.begin(["left-parrot", "right-parrot"], blind=True)
+    monkeypatch.setattr(talk.sides[0], "name", "damaged")
+    ask(arena, talk, "one?")
+    monkeypatch.undo()
+    ask(arena, talk, "two?")
+    assert all(side.figures and not side.error for side in talk.sides)
+    assert not talk.votable, "one of them answered the first question too"
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["stop button", "page closed"])

@@ -210,6 +210,12 @@ def test_export_and_import_by_hand(saved: Path, tmp_path: Path) -> None:
         assert (tmp_path / "back" / name).read_bytes() == (saved / name).read_bytes(), name
 
 
+def test_a_gguf_file_may_go_to_a_new_folder(saved: Path, tmp_path: Path) -> None:
+    done = command("export", saved, "--to", "gguf", "--output", tmp_path / "new" / "model.gguf")
+    assert "logits differ by" in done.stdout
+    assert (tmp_path / "new" / "model.gguf").stat().st_size > 10_000
+
+
 def test_import_of_a_nanogpt_checkpoint(saved: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomised(NanoGPT(len(AutoTokenizer.from_pretrained(saved)), CONTEXT, 64, 2, 4, bias=False))

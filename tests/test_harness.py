@@ -322,6 +322,7 @@ def test_an_adapter_is_evaluated_on_its_base(
     ("words", "message"),
     [
         (["MODEL"], "name what to measure: --tasks"),
+        (["MODEL", "--tasks", " ,"], "name what to measure: --tasks"),
         (["none/such/place", "--tasks", "lab_facts"], "no such model directory"),
         (["MODEL", "--tasks", "lab_facts", "--base", "x"], "is no adapter"),
         (["MODEL", "MODEL", "--tasks", "lab_facts", "--output_dir", "x"], "is for one model"),

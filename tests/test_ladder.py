@@ -97,6 +97,31 @@ def test_lm_eval_s_differences_within_noise_are_marked(runs: Path) -> None:
     assert "0.410 ±0.020 ≈" in said(found)
 
 
+def test_bits_per_byte_are_those_of_one_text(runs: Path) -> None:
+    """The one that most were measured on; the others have lines of their own."""
+
+    def write(name: str, task: str, bits: float) -> None:
+        (runs / name / "eval").mkdir(exist_ok=True)
+        results = {task: {"bits_per_byte,none": bits, "bits_per_byte_stderr,none": 0.01}}
+        (runs / name / "eval" / f"{task}.json").write_text(json.dumps({"results": results}))
+
+    for name, task, bits in (("base", "lab_text", 0.25), ("sft", "lab_text", 0.26), ("sft", "wikitext", 3.0)):
+        write(name, task, bits)
+    write("dpo", "wikitext", 3.1)
+    found = ladder(runs_below(runs))
+    shown = {one.name: one.cells.get(BITS) for one in found.steps}
+    assert shown["sft"] is not None
+    assert (shown["sft"].value, shown["sft"].even, shown["dpo"]) == (0.26, True, None)
+
+
+def test_runs_of_one_name_are_all_counted(runs: Path) -> None:
+    for place in ("a/x", "b/x"):
+        write_run(runs / place, "reward", "reward", seconds=1000.0)
+    found = ladder(runs_below(runs))
+    assert len(found.besides) == 3
+    assert found.seconds == 60 + 120 + 60 + 30 + 2000
+
+
 def test_costs_follow_from_the_price(runs: Path) -> None:
     found = ladder(runs_below(runs), price=3.0)
     assert found.cost(step(found, "sft").seconds) == pytest.approx(0.1)
@@ -140,9 +165,14 @@ def test_the_command_writes_a_page_that_escapes_names(runs: Path, capsys: pytest
     capsys.readouterr()
     main_exits("report", str(runs), "--json")
     assert json.loads(capsys.readouterr().out)["seconds"] == 330
-    with pytest.raises(SystemExit) as stopped:
-        main(["report", str(runs / "base" / "nothing")])
-    assert stopped.value.code == 2
+    (runs / "compare").mkdir()
+    for name in ("verdict.json", "report.html"):
+        (runs / "compare" / name).write_text("{}")
+    for place in (runs / "base" / "nothing", runs / "compare"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["report", str(place)])
+        assert stopped.value.code == 2
+    assert (runs / "compare" / "report.html").read_text() == "{}", "a comparison keeps its own"
 
 
 def main_exits(*words: str) -> None:

@@ -37,6 +37,11 @@ def test_the_ladder_of_a_folder_is_a_report_too(tmp_path: Path) -> None:
     assert found == {"lab": "report", "sft": "chat"}
 
 
+def test_what_is_named_twice_is_there_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    assert [one.name for one in find_entries(["sft", str(runs / "sft"), "./dpo"])] == ["sft", "dpo"]
+
+
 def test_names_are_as_long_as_it_takes_to_tell_them_apart(tmp_path: Path) -> None:
     for name in ("one/sft", "two/sft", "two/dpo"):
         write_model(tmp_path / name, "sft")

@@ -120,6 +120,12 @@ def test_all_runs_share_start_data_reward_and_budget(world: World) -> None:
     assert (best["load_best_model_at_end"], best["metric_for_best_model"]) == (True, "eval_score")
 
 
+def test_an_answer_that_is_learned_from_twice_counts_once(world: World) -> None:
+    arm = {"stage": "grpo", "per_device_train_batch_size": 8, "num_iterations": 3}
+    values = read_recipe(write(world)).values | {"arms": {"grpo": arm}, "total_episodes": 16}
+    assert recipe_of(Plan("grpo", {}, 0), values, "out")["max_steps"] == 6  # 2 rollouts of 8, each 3 steps
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -134,6 +140,8 @@ def test_all_runs_share_start_data_reward_and_budget(world: World) -> None:
         ({"arms": {**ARMS, "ppo": ARMS["ppo"] | {"max_steps": 9}}}, "max_steps is shared by all arms"),
         ({"arms": {**ARMS, "ppo": {"stage": "sft"}}}, "takes a mapping with a stage"),
         ({"arms": {**ARMS, "ppo": {"stage": "ppo", "sweep": {"kl_coef": 0.1}}}}, "takes lists of values"),
+        ({"arms": {**ARMS, "ppo": {"stage": "ppo", "sweep": {"kl_coef": [1, 1]}}}}, "values, each once"),
+        ({"arms": {**ARMS, "ppo": ARMS["ppo"] | {"kl_coef": 1}}}, "kl_coef is both fixed and swept"),
         ({"arms": {**ARMS, "ppo": ARMS["ppo"] | {"sweep": {"kl_coef": ["a", 1]}}}}, "kl_coef takes a number"),
     ],
 )  # fmt: skip

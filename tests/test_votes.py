@@ -49,6 +49,14 @@ def test_a_comparison_has_one_vote_and_the_first_stays(tmp_path: Path) -> None:
         store.add(vote(2, "middle"))
 
 
+def test_a_vote_that_cannot_be_stored_says_so(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path / "votes.sqlite")
+    with sqlite3.connect(store.path) as other:
+        other.execute("DROP TABLE votes")
+    with pytest.raises(TrueupError, match=r"votes\.sqlite: the vote was not stored \(no such table"):
+        store.add(vote(1))
+
+
 def test_many_write_at_once(tmp_path: Path) -> None:
     path = tmp_path / "votes.sqlite"
     VoteStore(path)
@@ -76,7 +84,10 @@ def test_rows_hold_what_differs_after_what_is_shared() -> None:
     said = turns("a", "b", "c")
     longer = vote(3, "right", left=turns("q", "x", "more?", "y"), right=turns("q", "z", "more?", "w"))
     equal = vote(4, "left", left=said, right=said)
-    [short, long] = preference_rows([vote(2), vote(5, "tie"), vote(6, "both_bad"), longer, equal])
+    failed = vote(
+        7, "left", left=turns("q", "x"), right=turns("q", "x", "q", "z")
+    )  # left did not answer first
+    [short, long] = preference_rows([vote(2), vote(5, "tie"), vote(6, "both_bad"), longer, equal, failed])
     assert short["prompt"] == turns("what is 2 times 2?")
     assert [short["chosen"][0]["content"], short["rejected"][0]["content"]] == ["it is 4", "what"]
     assert (short["model_chosen"], short["model_rejected"]) == ("sft", "dpo")
