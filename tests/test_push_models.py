@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pairs = load_dataset("ada/pairs")
 assert {split: len(rows) for split, rows in pairs.items()} == {"train": 3, "validation": 2}, pairs
-tokenizer = AutoTokenizer.from_pretrained("ada/chat")
+tokenizer = AutoTokenizer.from_pretrained("ada/chat", trust_remote_code=True)  # it would ask, on stdin
 model = AutoModelForCausalLM.from_pretrained("ada/chat", trust_remote_code=True)
 ids = tokenizer.apply_chat_template(
     [{"role": "user", "content": "what is 3 times 3?"}], add_generation_prompt=True, return_tensors="pt",
@@ -114,7 +114,7 @@ def stranger(server: HubServer, folder: Path) -> Any:
     settings = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "stranger")}
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-I", "-c", STRANGER, str(result)]
-    subprocess.run(command, env={**os.environ, **settings}, cwd=folder, check=True)
+    subprocess.run(command, env={**os.environ, **settings}, cwd=folder, stdin=subprocess.DEVNULL, check=True)
     return torch.load(result)
 
 
