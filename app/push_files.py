@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,10 @@ def gathered(source: Path, repo_id: str) -> Iterator[Parcel]:
         else:
             parcel = _directory(source, folder)
             _add_card(source, folder, repo_id)
+            left = tuple(
+                name for name in parcel.left if not (folder / name).exists()
+            )  # the card's pictures go
+            parcel = replace(parcel, left=left)
         yield parcel
 
 

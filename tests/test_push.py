@@ -76,12 +76,13 @@ def test_only_what_is_meant_to_go_goes_up(tmp_path: Path, server: HubServer) -> 
         (model / name).write_text("{}")
     (model / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     stay = {
-        ".env", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "log.jsonl", "loss.png",
+        ".env", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "log.jsonl",
         "notes.txt", "secret.json", "other.py", "eval/lab.jsonl", "eval/deep/x.json",
         "checkpoint-3/model.safetensors", "adapter/training_args.bin",
     }  # fmt: skip
     for name in stay:
         (model / name).write_text("hf_private")
+    (model / "loss.png").write_bytes(b"a picture of the card")
 
     with gathered(model, "ada/toy") as parcel:
         assert set(parcel.left) == stay
@@ -91,6 +92,7 @@ def test_only_what_is_meant_to_go_goes_up(tmp_path: Path, server: HubServer) -> 
         "README.md", "config.json", "generation_config.json", "tokenizer.json",
         "model.safetensors", "calibration.json", "configuration_gpt.py", "modeling_gpt.py", "beside.py",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "eval/lab.json", "trueup.json",
+        "loss.png",
     }  # fmt: skip
     assert len(there.messages) == 1
     assert not any(b"hf_private" in content for content in there.files().values())
@@ -98,9 +100,14 @@ def test_only_what_is_meant_to_go_goes_up(tmp_path: Path, server: HubServer) -> 
 
 def test_nothing_tells_of_this_machine(tmp_path: Path, server: HubServer) -> None:
     away = tmp_path / "alice"
-    recipe = {"model_name_or_path": f"{away}/base", "hub_token": "hf_secret", "learning_rate": 0.1}
+    recipe = {"model_name_or_path": f"{away}/base", "hub_token": "hf_secret", "learning_rate": 0.1, "seed": 0}
     places = {"learning_rate": f"{Path.cwd()}/recipes/sft.yaml:3", "seed": "--seed"}
-    model = toy(tmp_path / "toy", recipe=recipe, origin=places, data=[{"name": f"{tmp_path}/rows.jsonl"}])
+    model = toy(
+        tmp_path / "toy",
+        recipe=recipe,
+        origin=places,
+        data=[{"name": f"{tmp_path}/rows.jsonl", "split": "train", "sha256": "0"}],
+    )
     (model / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(away), "eos_token": "x"}))
     write_json(model / RECORD, json.loads((model / RECORD).read_text()) | {"identity": identity(model)})
     (model / "adapter").mkdir()
@@ -110,7 +117,7 @@ def test_nothing_tells_of_this_machine(tmp_path: Path, server: HubServer) -> Non
     files = server.repository("ada/toy").files()
     assert not any(str(tmp_path).encode() in content for content in files.values())
     record = json.loads(files["trueup.json"])
-    assert record["recipe"] == {"model_name_or_path": "base", "learning_rate": 0.1}
+    assert record["recipe"] == {"model_name_or_path": "base", "learning_rate": 0.1, "seed": 0}
     assert record["origin"] == {"learning_rate": "recipes/sft.yaml:3", "seed": "--seed"}
     assert record["data"] == [{"name": "rows.jsonl"}]
     assert record["identity"] == identity(open_directory("ada/toy").path)  # it is still the same model
