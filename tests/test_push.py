@@ -119,7 +119,7 @@ def test_nothing_tells_of_this_machine(tmp_path: Path, server: HubServer) -> Non
     record = json.loads(files["trueup.json"])
     assert record["recipe"] == {"model_name_or_path": "base", "learning_rate": 0.1, "seed": 0}
     assert record["origin"] == {"learning_rate": "recipes/sft.yaml:3", "seed": "--seed"}
-    assert record["data"] == [{"name": "rows.jsonl"}]
+    assert record["data"] == [{"name": "rows.jsonl", "split": "train", "sha256": "0"}]
     assert record["identity"] == identity(open_directory("ada/toy").path)  # it is still the same model
 
 
