@@ -174,6 +174,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is not installed: pip install {error.name}", 1
+    if "pip install" in str(error):  # a library that names what the recipe asks of it, and the remedy
+        return str(error), 1
     if isinstance(error, OSError) and error.errno is not None:
         return str(disk_error(Path(str(error.filename or ".")), error)), 1
     if _out_of_memory(error):

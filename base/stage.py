@@ -96,11 +96,12 @@ class TokenPreview:
 
 def set_up(recipe: Any, config_class: Any) -> None:
     """What TRL's configs do after construction: call it in `__post_init__`."""
-    if recipe.activation_checkpointing is None:
-        recipe.activation_checkpointing, recipe.gradient_checkpointing = (
-            bool(recipe.gradient_checkpointing),
-            None,
-        )
+    for name in ("checkpointing", "checkpointing_kwargs"):  # the old names, of which Transformers warns
+        old, new = f"gradient_{name}", f"activation_{name}"
+        if getattr(recipe, new) is None:
+            setattr(recipe, new, getattr(recipe, old))
+        setattr(recipe, old, None)
+    recipe.activation_checkpointing = bool(recipe.activation_checkpointing)
     ModelConfig.__post_init__(recipe)
     # TRL makes a lone name a string, which PEFT takes for a pattern of whole paths: [o_proj] matches nothing.
     target = recipe.lora_target_modules
@@ -125,9 +126,12 @@ def trainer_config(config_class: type, values: Mapping[str, Any], work_dir: Path
         "push_to_hub": False,  # publishing is a step of its own, after the stage; and so no token is
         "hub_token": None,  # pickled into the checkpoints
         "gradient_checkpointing": None,
+        "gradient_checkpointing_kwargs": None,
         "activation_checkpointing": bool(
             values["activation_checkpointing"] or values["gradient_checkpointing"]
         ),
+        "activation_checkpointing_kwargs": values["activation_checkpointing_kwargs"]
+        or values["gradient_checkpointing_kwargs"],
     }
     return config_class(**{k: v for k, v in values.items() if k in names} | ours | resolved)
 
@@ -144,7 +148,7 @@ def load_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: there is none, or it brings code of its own that the recipe does not trust.
     """
-    with _foreign_code(recipe.model_name_or_path):
+    with _loading(recipe):
         directory = local_directory(start_model(recipe), "model_name_or_path")
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=recipe.trust_remote_code)
     # Rows longer than the context are counted and cut; Transformers would warn of "indexing errors".
@@ -160,12 +164,13 @@ def load_model(recipe: Any, auto_class: Any = AutoModelForCausalLM, **options: A
         options: further arguments of from_pretrained, e.g. num_labels.
 
     Raises:
-        UsageError: it brings code of its own that the recipe does not trust, or cannot be quantised here.
+        UsageError: it brings code of its own that the recipe does not trust, or cannot be quantised here, or
+            a package is missing that the recipe's attention needs.
     """
     if (quantized := adapters.quantization(recipe)) is not None:
         device = torch.accelerator.current_accelerator()
         options |= {"quantization_config": quantized, "device_map": {"": device}}
-    with _foreign_code(recipe.model_name_or_path):
+    with _loading(recipe):
         return auto_class.from_pretrained(
             local_directory(start_model(recipe), "model_name_or_path"),
             trust_remote_code=recipe.trust_remote_code,
@@ -176,7 +181,8 @@ def load_model(recipe: Any, auto_class: Any = AutoModelForCausalLM, **options: A
 
 
 @contextlib.contextmanager
-def _foreign_code(name: str) -> Iterator[None]:
+def _loading(recipe: Any) -> Iterator[None]:
+    name = recipe.model_name_or_path
     try:
         yield
     except ValueError as error:
@@ -186,6 +192,11 @@ def _foreign_code(name: str) -> Iterator[None]:
             f"model_name_or_path: {name} brings Python code of its own; read it, and if you trust it set "
             "trust_remote_code: true"
         ) from error
+    except ImportError as error:
+        attention = f" with attn_implementation: {recipe.attn_implementation}" * bool(
+            recipe.attn_implementation
+        )
+        raise UsageError(f"model_name_or_path: {name} cannot be loaded here{attention}: {error}") from error
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"model_name_or_path: {name} cannot be loaded: {reason}") from error
@@ -214,6 +225,13 @@ def held_length(max_length: int | None, config: Any, chosen: bool) -> int | None
 
 
 # ---------------------------------------------------------------- chat templates
+
+
+def read_template(named: str | None) -> str | None:
+    """The template in the file that `chat_template_path` names, or that it is itself; else None."""
+    if named is None or "{%" in named or "{{" in named:
+        return named
+    return Path(named).read_text(encoding="utf-8") if Path(named).is_file() else None
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, masked: bool) -> None:

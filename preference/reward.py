@@ -21,6 +21,7 @@ from trueup.base.stage import (
     key,
     load_model,
     load_tokenizer,
+    read_template,
     set_up,
     template_errors,
     trainer_config,
@@ -137,13 +138,13 @@ class RewardRecipe(StageArguments, DataArguments, ModelConfig, RewardConfig):
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         tokenizer = load_tokenizer(self)
         if self.chat_template_path:
-            template = Path(self.chat_template_path)
-            if not template.is_file():
+            template = read_template(self.chat_template_path)
+            if template is None:
                 raise UsageError(
-                    f"chat_template_path: {template}: no such file; another tokenizer's folder will not do, "
-                    "because a reward model keeps the tokens of the model it starts from"
+                    f"chat_template_path: {self.chat_template_path}: no such file; another tokenizer's "
+                    "folder will not do, because a reward model keeps the tokens of the one it starts from"
                 )
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template
         return tokenizer
 
     def _rows(self, split: Split) -> Any:

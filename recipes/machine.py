@@ -35,7 +35,7 @@ def _precision(device: str, given: dict[str, Any]) -> dict[str, tuple[Any, str]]
         return {"bf16": (False, "fp16 was chosen")}
     if given.get("bf16"):
         return {"fp16": (False, "bf16 was chosen")}
-    if has_bf16(device):
+    if "bf16" not in given and has_bf16(device):
         return {"bf16": (True, f"{device} has bf16"), "fp16": (False, "bf16 is used")}
     fp16 = device == "cuda" and "bf16" not in given
     return {

@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from trueup.recipes.errors import UsageError, nearest_path
 from trueup.recipes.machine import machine_defaults
-from trueup.recipes.retired import RETIRED, Refused
+from trueup.recipes.retired import RETIRED, RETIRED_VALUES, Refused
 from trueup.recipes.schema import BadValue, Key, fit, schema_of, show
 from trueup.recipes.stages import STAGES, stage_class
 
@@ -280,7 +280,10 @@ def check_entries(
 def _translate(entry: Entry, schema: dict[str, Key], raw: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The entry as today's keys. Raises KeyError for a key the stage does not know."""
     if entry.key in schema:
-        return {entry.key: entry.value}
+        today = RETIRED_VALUES.get((entry.key, str(entry.value)))
+        if today:
+            notes.append(f"{entry.place}: {entry.key}: {entry.value} is retired: now called {today}")
+        return {entry.key: today or entry.value}
     if entry.key not in RETIRED:
         raise KeyError(entry.key)
     retired = RETIRED[entry.key]

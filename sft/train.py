@@ -20,6 +20,7 @@ from trueup.base.stage import (
     key,
     load_model,
     load_tokenizer,
+    read_template,
     set_up,
     start_model,
     template_errors,
@@ -147,15 +148,17 @@ class SFTRecipe(StageArguments, DataArguments, ModelConfig, SFTConfig):
         from trueup.sft.trainer import SFTTrainer
 
         rows = {split: self._rows(split) for split in self._splits()}
-        if (template := Path(self.chat_template_path or "-")).is_file():
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
-        if self._conversational(rows["train"]) and not template.is_dir():
+        cloned = self.chat_template_path  # by TRL, from another tokenizer
+        if template := read_template(cloned):
+            tokenizer.chat_template, cloned = template, None
+        if self._conversational(rows["train"]) and not cloned:
             check_template(tokenizer, masked=bool(self.assistant_only_loss))
         config = trainer_config(
             SFTConfig,
             values,
             work_dir,
             assistant_only_loss=self.assistant_only_loss,
+            chat_template_path=cloned,
             dataset_text_field="text",  # load_data has renamed the column
         )
         with template_errors(chain(*rows.values()), tokenizer):

@@ -139,7 +139,7 @@ def test_retired_keys_are_translated_aloud(write_recipe: Any) -> None:
         ("warmup_ratio: 5", "warmup_ratio is retired: takes a share in [0, 1), not 5"),
         ("warmup_ratio: 0.1\nwarmup_steps: 10", "warmup_ratio is retired: warmup_steps is given too"),
         ("rpo_alpha: 1.0\nloss_type: [ipo]", "rpo_alpha is retired: today: loss_type: [sigmoid, sft]"),
-        ("dataset_mixer: 3", "dataset_mixer is retired: takes a mapping of data set to fraction"),
+        ("dataset_mixer: 3", "dataset_mixer is retired: takes a mapping of data set to share"),
     ],
 )
 def test_retired_keys_that_cannot_be_translated_are_refused(
@@ -195,7 +195,7 @@ def test_a_handbook_recipe_reads_on_trl_s_own_configs(
     assert recipe.values["max_length"] == 2048
     assert recipe.values["warmup_steps"] == 0.1
     assert recipe.values["datasets"] == [
-        {"path": "org/set", "name": "all", "split": "train_sft", "columns": ["messages"], "fraction": 1.0}
+        {"path": "org/set", "name": "all", "split": "train_sft", "columns": ["messages"], "weight": 1.0}
     ]
     assert len(recipe.notes) == 5
     with pytest.raises(RecipeError, match="lr_scheduler_type takes one of linear, cosine"):
