@@ -138,6 +138,10 @@ class StagePush:
         from trueup.app.push_hub import account
 
         if is_main_process():
+            if self.recipe.values["hub_strategy"] != "end":
+                print(
+                    "hub_strategy: end (a stage is pushed once, when it is complete and verified)", flush=True
+                )
             try:
                 account()
             except TrueupError as error:

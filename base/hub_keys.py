@@ -24,7 +24,12 @@ class HubArguments:
     )
     hub_revision: str | None = field(default=None, metadata={"help": "The branch; default: main."})
     # Transformers' every_save uploads checkpoints while training, which nothing has verified.
-    hub_strategy: str = field(default="end", metadata={"help": "When: at the end, once."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When: at the end, once; every_save, as many recipes have it, means the same here."
+        },
+    )
 
 
 def hub_contradictions(given: dict[str, Any]) -> list[tuple[str, str]]:
@@ -39,7 +44,7 @@ def hub_contradictions(given: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if not given.get("push_to_hub"):
         return found
-    if given.get("hub_strategy", "end") != "end":
+    if given.get("hub_strategy", "end") not in ("end", "every_save"):
         found.append(("hub_strategy", "must be end: a stage is pushed once, when it is complete; delete it"))
     if given.get("hub_always_push"):
         found.append(("hub_always_push", "is about pushes while training, and there are none; delete it"))

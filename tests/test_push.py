@@ -370,7 +370,7 @@ def test_who_is_not_logged_in_learns_it_before_training(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("hub_strategy: every_save", "hub_strategy must be end"),
+        ("hub_strategy: all_checkpoints", "hub_strategy must be end"),
         ("hub_always_push: true", "hub_always_push is about"),
         ("hub_token: hf_secretsecret", "hub_token does not belong in a recipe"),
     ],
