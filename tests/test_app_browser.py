@@ -231,4 +231,6 @@ def test_examples_fill_the_prompt_and_a_phone_has_room(chromium: Any, site: Site
     page.get_by_role("button", name="what is 1?").first.click()
     expect(page.locator("#compare-prompt textarea")).to_have_value("what is 1?")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for tab in ("Compare", "Leaderboard", "Chat", "Report"):
+        expect(page.get_by_role("tab", name=tab)).to_be_visible()
     phone.close()

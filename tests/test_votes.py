@@ -142,23 +142,21 @@ def test_the_stages_read_it_as_it_is(stage: str, tmp_path: Path, recipe: Callabl
 def test_acknowledged_votes_outlive_kill_9(tmp_path: Path) -> None:
     code = """
 import sys
-sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_votes import vote
-from trueup.app.votes import VoteStore
+from trueup.app.votes import Vote, VoteStore  # and nothing heavy: five processes begin anew
 store = VoteStore(Path(sys.argv[1]))
 number = store.count()
 while True:
     number += 1
-    if store.add(vote(number)):
+    said = [{"role": "user", "content": "what?"}]
+    if store.add(Vote(str(number), "left", "a", "a", said, "b", "b", said, {})):
         print(number, flush=True)
 """
     acknowledged: set[int] = set()
     for _ in range(5):
         child = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "votes.sqlite"), str(Path(__file__).parent)],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", code, str(tmp_path / "votes.sqlite")], stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout is not None
         for _ in range(random.randint(1, 60)):
             acknowledged.add(int(child.stdout.readline()))
