@@ -61,7 +61,7 @@ def test_registered_and_imported_functions(tmp_path: Path, monkeypatch: pytest.M
     ("name", "message"),
     [
         ("nonsense", "no such scorer; give a reward model's directory"),
-        ("runs/reward", "no such scorer"),
+        ("runs/reward", "no such model directory"),
         ("no_such_module:f", "cannot be imported"),
         ("math:no_such_function", "cannot be imported"),
     ],
