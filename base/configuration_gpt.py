@@ -138,6 +138,9 @@ class GPTConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             width = 8 * self.hidden_size // 3 if self.mlp == "swiglu" else 4 * self.hidden_size
             self.intermediate_size = -(-width // 64) * 64
+        unused = "up_proj" if self.mlp == "swiglu" else "gate_up_proj"  # a plan names what is there, no more
+        plan = type(self).base_model_tp_plan
+        self.base_model_tp_plan = {key: how for key, how in plan.items() if f"mlp.{unused}" not in key}  # type: ignore[misc]
         if self.position == "learned":  # a pipeline would add them again at the start of every stage
             self.base_model_pp_plan = None  # type: ignore[misc]
         kwargs["auto_map"] = dict(AUTO_MAP)

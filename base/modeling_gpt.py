@@ -10,6 +10,7 @@ configuration_gpt.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -104,10 +105,8 @@ def sdpa_or_matmul(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """This model's default: SDPA, except on a CPU in bf16, where the plain matrix products above are faster.
-
-    `attn_implementation="sdpa"` is the switch that turns them off. Registered beside Transformers' own
-    functions, so it is chosen by name like them and needs nothing but this file.
+    """What `attn_implementation="sdpa"`, the default, means here: SDPA, except on a CPU in bf16, where the
+    plain matrix products above are faster. `sdpa_only` is the switch that turns them off.
     """
     short = query.shape[2] == 1 or key.shape[2] <= MATMUL_MAX_KEYS
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short:
@@ -117,9 +116,14 @@ def sdpa_or_matmul(
     )
 
 
-DEFAULT_ATTENTION = "sdpa_or_matmul"
-AttentionInterface.register(DEFAULT_ATTENTION, sdpa_or_matmul)
-AttentionMaskInterface.register(DEFAULT_ATTENTION, sdpa_mask)
+AttentionInterface.register("sdpa_only", sdpa_attention_forward)
+AttentionMaskInterface.register("sdpa_only", sdpa_mask)
+
+
+def attention_function(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The back end that `attn_implementation` names."""
+    return sdpa_or_matmul if name == "sdpa" else ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
 
 # -------------------------------------------------------------------------------------------------- positions
 
@@ -154,8 +158,8 @@ class GPTRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update  # recomputes the frequencies where rope_type makes them depend on the length
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B or 1, 1, T, D/2) of positions (B or 1, T), in fp32: bf16 blurs far ones."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        """cos and sin (B or 1, T, D/2) of positions (B or 1, T), in fp32: bf16 blurs far ones."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
@@ -255,8 +259,7 @@ class GPTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed, weights = attend(
+        mixed, weights = attention_function(self.config._attn_implementation)(
             self,
             query,
             key,
@@ -333,13 +336,6 @@ class GPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GPTBlock, "attentions": GPTAttention}
-
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
-        return super().get_correct_attn_implementation(
-            requested_attention or DEFAULT_ATTENTION, is_init_check
-        )
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range), or what an InitLinear asks for. A rule on the attention or MLP as a whole
@@ -420,7 +416,8 @@ class GPTModel(GPTPreTrainedModel):
             hidden_states = self.embedding_dropout(inputs_embeds + self.embed_positions(position_ids))
         else:
             hidden_states = self.embedding_dropout(inputs_embeds)
-            rotation = self.rotary_emb(hidden_states, position_ids)
+            cos, sin = self.rotary_emb(hidden_states, position_ids)
+            rotation = cos[:, None], sin[:, None]  # the same for all heads
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

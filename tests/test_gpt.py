@@ -212,14 +212,14 @@ def test_attention_back_ends_agree(model: GPTForCausalLM, padded: bool, position
         labels[0, :8] = -100  # nor the first real token: it would be predicted from padding
     extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
     losses, gradients, logits = {}, {}, {}
-    for name in ("eager", "sdpa", "sdpa_or_matmul"):
+    for name in ("eager", "sdpa_only", "sdpa"):
         other = copy.deepcopy(model)
         other.set_attn_implementation(name)
         out = other(ids, attention_mask=mask, labels=labels, **extra)
         out.loss.backward()
         losses[name], logits[name] = out.loss.item(), out.logits[mask == 1]
         gradients[name] = other.model.layers[0].attention.qkv_proj.weight.grad
-    for name in ("sdpa", "sdpa_or_matmul"):
+    for name in ("sdpa_only", "sdpa"):
         assert losses[name] == pytest.approx(losses["eager"], abs=1e-6)
         assert largest(logits[name], logits["eager"]) <= 1e-5
         assert largest(gradients[name], gradients["eager"]) <= 1e-6
@@ -250,7 +250,7 @@ def test_flex_attention_agrees(model: GPTForCausalLM) -> None:
     ("dtype", "keys", "implementation", "matmul"),
     [
         (torch.bfloat16, 24, None, True),
-        (torch.bfloat16, 24, "sdpa", False),  # the switch
+        (torch.bfloat16, 24, "sdpa_only", False),  # the switch
         (torch.float32, 24, None, False),
         (torch.bfloat16, 40, None, False),  # longer than the threshold set below
     ],
@@ -274,13 +274,13 @@ def test_plain_matmuls_are_chosen_by_device_dtype_and_length(
 
 def test_bf16_matmul_is_as_near_to_fp32_as_sdpa(model: GPTForCausalLM) -> None:
     errors = {}
-    for name in ("sdpa", "sdpa_or_matmul"):
+    for name in ("sdpa_only", "sdpa"):
         other = copy.deepcopy(model).to(torch.bfloat16)
         other.set_attn_implementation(name)
         errors[name] = (
             (other(tokens(8)).logits.float() - model(tokens(8)).logits).square().mean().sqrt().item()
         )
-    assert errors["sdpa_or_matmul"] <= 1.1 * errors["sdpa"]
+    assert errors["sdpa"] <= 1.1 * errors["sdpa_only"]
 
 
 def test_autocast_runs_attention_in_bf16_without_a_warning() -> None:
@@ -312,7 +312,7 @@ def test_packed_documents_do_not_see_each_other(model: GPTForCausalLM) -> None:
     positions = torch.cat([torch.arange(9), torch.arange(15)])[None]
     apart = torch.cat([model(first).logits, model(second).logits], dim=1)
     assert model.config.use_cache
-    for implementation in ("sdpa_or_matmul", "eager"):
+    for implementation in ("sdpa", "eager"):
         packer = copy.deepcopy(model)
         packer.set_attn_implementation(implementation)
         for use_cache in (None, False, True):
@@ -339,7 +339,7 @@ def test_keyword_arguments_of_packing_reach_the_attention(
     assert seen["max_length_q"] == 15
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa_or_matmul"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_left_padding_changes_nothing(implementation: str) -> None:
     model = tiny(attn_implementation=implementation)
     short = tokens(1, 10)
@@ -450,7 +450,7 @@ def test_activation_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sdpa_or_matmul"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa_only", "sdpa"])
 @pytest.mark.parametrize("field", ["attention_dropout", "residual_dropout", "embedding_dropout"])
 def test_trl_can_switch_every_dropout_off(field: str, implementation: str) -> None:
     """T8: attention dropout is functional, but obeys its module."""

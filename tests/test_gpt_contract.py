@@ -1,6 +1,7 @@
 """What Transformers' common tests ask of every causal language model, asked of our three classes."""
 
 import copy
+import fnmatch
 import inspect
 import pickle
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_generation_from_embeddings_and_continued_from_a_cache(changes: Any) -> 
     assert len(out.scores) == len(out.logits) == len(out.hidden_states) == 6
     beams = model.generate(ids(), num_beams=3, num_return_sequences=2, **settings)
     assert beams.shape == (6, 13)
+
+
+@each_class
+@both
+def test_parallel_plans_name_what_is_there_and_nothing_else(model_class: type, changes: Any) -> None:
+    model = tiny(model_class, **changes)
+    names = [name for name, _ in model.named_modules()]
+    for pattern in model.tp_plan:
+        assert any(fnmatch.fnmatch(name, f"*{pattern}") for name in names), pattern
+    assert any("mlp" in pattern for pattern in model.tp_plan)
+    assert "plan" not in str(model.config.to_dict())
+
+
+def test_rotations_have_the_common_shape() -> None:
+    """(rows, positions, channels): the suite cuts them along positions."""
+    rotary = tiny(GPTModel).rotary_emb
+    short, long = (rotary(torch.ones(1), torch.arange(size)[None])[0] for size in (10, 40))
+    assert short.shape == (1, 10, 8)
+    assert torch.equal(short, long[:, :10])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ policy = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 trunk = AutoModel.from_pretrained(directory, trust_remote_code=True)
 reward = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True, num_labels=1)
 assert type(policy).__module__.startswith("transformers_modules"), type(policy).__module__
-assert policy.config._attn_implementation == "sdpa_or_matmul"
+assert policy.config._attn_implementation == "sdpa"
 hidden = trunk(ids).last_hidden_state
 assert torch.equal(policy(ids).logits, policy.lm_head(hidden))
 assert torch.equal(reward(ids).logits, reward.score(hidden[:, -1]))

@@ -101,16 +101,19 @@ def test_plain_peft_opens_the_adapter(directory: Path, base: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_lm_evals_own_command_gives_our_figures(directory: Path, tmp_path: Path) -> None:
-    task = quiz(tmp_path)
+    questions = [
+        {"question": f"what is {i} times {i}?", "choices": [f"it is {i * i}", f"{i} indeed it is"], "gold": 0}
+        for i in range(40)
+    ]
+    task = quiz(tmp_path, rows=questions)
     elsewhere(
         tmp_path, BIN / "lm_eval", "run", "--model", "hf", "--tasks", task, "--device", "cpu",
-        "--model_args", f"pretrained={directory},trust_remote_code=True,dtype=float32",
+        "--model_args", f"pretrained={directory},trust_remote_code=True,dtype=float32,add_bos_token=True",
         "--output_path", tmp_path / "results",
     )  # fmt: skip
     [written] = (tmp_path / "results").rglob("results*.json")
     theirs = read_json(written)["results"]["quiz"]
-    assert 0 < theirs["acc,none"] < 1
     opened = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    ours = evaluate(*opened, load_tasks([str(task)])[0], EvalSettings())
-    found = {figure.metric: figure.value for figure in figures(ours)}
-    assert found == {name: pytest.approx(theirs[f"{name},none"]) for name in ("acc", "acc_norm")}
+    ours = {f.metric: f.value for f in figures(evaluate(*opened, load_tasks([str(task)])[0], EvalSettings()))}
+    assert 0 < ours["acc"] < 1
+    assert ours == {name: theirs[f"{name},none"] for name in ("acc", "acc_norm")}
