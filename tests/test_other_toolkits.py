@@ -18,6 +18,7 @@ from trueup.eval.harness_tasks import load_tasks
 from trueup.recipes.directory import read_json
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,40 @@ def test_trl_reward_puts_a_head_on_it(directory: Path, tmp_path: Path) -> None:
     config = read_json(out / "config.json")
     assert config["architectures"] == ["GPTForSequenceClassification"]
     assert config["auto_map"]["AutoModelForSequenceClassification"].endswith("GPTForSequenceClassification")
+
+
+CHAT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+messages = [{"role": "user", "content": "what is 2 times 2?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+made = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+assert type(model).__module__.startswith("transformers_modules")
+assert 1 <= made.shape[1] - inputs["input_ids"].shape[1] <= 8
+for package in ("trueup", "trl", "peft", "datasets", "accelerate"):
+    try:
+        __import__(package)
+    except ImportError:
+        continue
+    raise SystemExit(package + " is here")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_machine_with_torch_and_transformers_only_can_chat(directory: Path, tmp_path: Path) -> None:
+    """A fresh virtual environment opens the directory by the code in it."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=300)
+    python = tmp_path / "venv" / "bin" / "python"
+    for packages in (["torch", "numpy"], ["transformers", "jinja2"]):  # torch first, see the Makefile
+        pinned = ["-c", ROOT / "constraints.txt", *packages]
+        subprocess.run([python, "-m", "pip", "install", "-q", *pinned], check=True, timeout=900)
+    elsewhere(tmp_path, python, "-c", CHAT, directory)
 
 
 PEFT = """

@@ -48,8 +48,11 @@ def test_the_whole_lab_road(tmp_path: Path) -> None:
         "--packing", "true", "--max_length", "128", "--max_steps", "6", "--learning_rate", "3e-3",
         "--eval_strategy", "no",
     )  # fmt: skip
+    # Enough for answers that end: pairs are not made of others.
+    flags = {"sft": ["--learning_rate", "1e-2", "--num_train_epochs", "4"]}
     for stage in ("sft", "pairs", "reward", "dpo", "ppo", "compare"):
-        trueup(tmp_path, "run", str(ROOT / "recipes" / "lab" / f"{stage}.yaml"), "--budget", "smoke")
+        recipe = str(ROOT / "recipes" / "lab" / f"{stage}.yaml")
+        trueup(tmp_path, "run", recipe, "--budget", "smoke", *flags.get(stage, []))
     for stage in ("base", "sft", "dpo", "ppo"):
         config = read_json(tmp_path / "runs" / "lab.smoke" / stage / "config.json")
         assert config["architectures"] == ["OwnForCausalLM"]
