@@ -1,6 +1,7 @@
 """The machine under the training loop: what it could do at best, and how its memory is kept."""
 
 import ctypes
+import os
 import time
 from contextlib import suppress
 
@@ -56,6 +57,17 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
             mallopt(parameter, value)
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep the kernels of 32 shapes instead of 1,024, in each of its two caches on a CPU.
+
+    Rows of many lengths, and rollouts whose rows finish, meet new shapes all the time, at a fifth of a
+    megabyte each. With 32 the lab's DPO took 1.1 GB after 50 steps instead of 1.8, and no longer. Read at the
+    first product.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from trueup.base.adapters import is_adapter, merge
 from trueup.base.checkpoint import CHECKSUMS, checksums_of, problem_of
 from trueup.base.curves import draw_curve
-from trueup.base.device import keep_freed_memory
+from trueup.base.device import bound_kernel_caches, keep_freed_memory
 from trueup.base.interrupt import Interrupted, StopRequest
 from trueup.base.progress import TrainingProgress, show
 from trueup.recipes.directory import ModelDirectory, write_json, writing
@@ -88,6 +88,7 @@ class StageTrainer(Trainer):
     """A Trainer whose checkpoints carry checksums and whose loss is watched. Put it before TRL's class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound_kernel_caches()
         super().__init__(*args, **kwargs)
         # Trainer deletes old checkpoints before the new one is whole: a kill there would leave none.
         self.checkpoints_kept = self.args.save_total_limit

@@ -1,7 +1,6 @@
 """What `PPOTrainer` checks and builds before it starts."""
 
 import copy
-import os
 from typing import Any
 
 import torch
@@ -32,16 +31,6 @@ def checked_tokenizer(
             "choose a token that the data never holds: tokenizer.pad_token = '<|pad|>'"
         )
     return tokenizer
-
-
-def bound_kernel_caches() -> None:
-    """Let oneDNN keep the kernels of 32 shapes instead of 1,024, in each of its two caches on a CPU.
-
-    A rollout meets new shapes whenever a row finishes, at a fifth of a megabyte each. With 32 a run of 5M
-    parameters in bf16 took 500 MB instead of 880 and more, and no longer. Read at the first product.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "32")
 
 
 def set_rounds(args: PPOConfig, train_dataset: Any) -> None:

@@ -68,7 +68,6 @@ from trueup.preference.ppo_rollout import (
 )
 from trueup.preference.ppo_setup import (
     actor_critic,
-    bound_kernel_caches,
     checked_tokenizer,
     default_generator,
     set_rounds,
@@ -127,7 +126,6 @@ class PPOTrainer(StageTrainer):
         scorers: Sequence[RewardFunction] = (),
         generator: Generator | None = None,
     ) -> None:
-        bound_kernel_caches()
         args = args or PPOConfig(f"{Path(str(model)).name}-PPO" if isinstance(model, str) else "ppo")
         if isinstance(model, str):
             trust = {"trust_remote_code": args.trust_remote_code}
