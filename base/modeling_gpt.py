@@ -337,6 +337,18 @@ class GPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GPTBlock, "attentions": GPTAttention}
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Split by the plans. Transformers cuts a pipeline without asking for a plan; with learned positions,
+        which every stage would add once more, it would compute something else.
+
+        Raises:
+            ValueError: a pipeline is asked for, and the positions are learned.
+        """
+        if distributed_config is not None and distributed_config.pp_size > 1 and not model.supports_pp_plan:
+            raise ValueError("a model with learned positions has no pipeline: use tp_size or fsdp_size")
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range), or what an InitLinear asks for. A rule on the attention or MLP as a whole
         would silently not fire: for custom code Transformers skips modules that have no parameters of their
@@ -460,12 +472,15 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     # The trunk's plans are the configuration's.
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
     _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}  # where backward begins
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.model = GPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.base_model_pp_plan is None:
+            self.pp_plan = None  # an output layer alone is no pipeline
 
     @can_return_tuple
     def forward(

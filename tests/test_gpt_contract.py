@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from transformers import AutoConfig
 
 from trueup.base import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTModel
@@ -87,6 +88,26 @@ def test_a_model_survives_disk_deepcopy_and_pickle(model_class: type, changes: A
 
 @each_class
 @both
+def test_a_device_map_cuts_between_blocks_and_weights_may_stay_on_disk(
+    model_class: type, changes: Any, tmp_path: Path
+) -> None:
+    model = tiny(model_class, num_hidden_layers=4, **changes)
+    model.save_pretrained(tmp_path / "model")
+    room = sum(weight.nbytes for weight in model.parameters()) * 6 // 10
+    places = infer_auto_device_map(
+        model, {"cpu": room, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    blocks = [name.partition("layers.")[2] for name in places if "layers." in name]
+    assert blocks == ["0", "1", "2", "3"]  # none was cut
+    split = model_class.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "off"
+    )  # type: ignore[attr-defined]
+    assert torch.equal(main_output(split.eval(), input_ids=ids()), main_output(model, input_ids=ids()))
+
+
+@each_class
+@both
 def test_missing_weights_are_initialised_as_in_a_new_model(
     model_class: type, changes: Any, tmp_path: Path
 ) -> None:
@@ -156,9 +177,12 @@ def test_generation_from_embeddings_and_continued_from_a_cache(changes: Any) -> 
 def test_parallel_plans_name_what_is_there_and_nothing_else(model_class: type, changes: Any) -> None:
     model = tiny(model_class, **changes)
     names = [name for name, _ in model.named_modules()]
-    for pattern in model.tp_plan:
+    for pattern in [*model.tp_plan, *model.pp_plan, *model.fsdp_plan]:
         assert any(fnmatch.fnmatch(name, f"*{pattern}") for name in names), pattern
     assert any("mlp" in pattern for pattern in model.tp_plan)
+    assert any("layers" in pattern for pattern in model.fsdp_plan)
+    for plan in (model.tp_plan, model.fsdp_plan):  # FSDP keeps it: backward begins where forward ends
+        assert ("lm_head" in plan) == (model_class is GPTForCausalLM)
     assert "plan" not in str(model.config.to_dict())
 
 

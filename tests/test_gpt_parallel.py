@@ -1,4 +1,4 @@
-"""The declared plans: two gloo ranks, each with half of the matrices, compute and learn what one does."""
+"""The declared plans: two gloo ranks, each with half of the model, compute and learn what one does."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from transformers.distributed import DistributedConfig
 
 from trueup.base import GPTConfig, GPTForCausalLM
+from trueup.base.modeling_gpt import GPTBlock
 
 SHAPES: dict[str, dict[str, Any]] = {
     "modern": {"num_key_value_heads": 2},
@@ -16,32 +18,32 @@ SHAPES: dict[str, dict[str, Any]] = {
 IDS = torch.randint(1, 97, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def _rank(rank: int, folder: Path) -> None:
+def _rank(rank: int, folder: Path, sizes: dict[str, int]) -> None:
     import os
 
     import torch.distributed as distributed
-    from transformers.distributed import DistributedConfig
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = GPTForCausalLM.from_pretrained(
-        folder / "model", distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32
+        folder / "model", distributed_config=DistributedConfig(**sizes), dtype=torch.float32
     )
-    held = model.model.layers[0].attention.qkv_proj.weight
-    out = model(IDS, labels=IDS)
-    out.loss.backward()
-    gradient = held.grad.full_tensor()
+    if "pp_size" in sizes:
+        found = {"layers": sum(isinstance(layer, GPTBlock) for layer in model.model.layers)}
+        found["logits"] = model.eval()(IDS).logits.detach()
+    else:
+        held = model.model.layers[0].attention.qkv_proj.weight
+        out = model.train()(IDS, labels=IDS)
+        out.loss.backward()
+        found = {"logits": out.logits.detach(), "rows": held.to_local().shape[0]}
+        found["gradient"] = held.grad.full_tensor()
     if rank == 0:
-        torch.save(
-            {"logits": out.logits.detach(), "gradient": gradient, "rows": held.to_local().shape[0]},
-            folder / "out.pt",
-        )
+        torch.save(found, folder / "out.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_two_ranks_compute_what_one_does(changes: Any, tmp_path: Path) -> None:
+def saved(folder: Path, changes: dict[str, Any]) -> GPTForCausalLM:
     shape = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = GPTForCausalLM(
@@ -51,13 +53,25 @@ def test_two_ranks_compute_what_one_does(changes: Any, tmp_path: Path) -> None:
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * 0.3)  # a bias that each rank added would show
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(folder / "model")
+    return model
+
+
+def on_two_ranks(folder: Path, **sizes: int) -> dict[str, Any]:
+    """What `_rank` found on the first of two."""
     ranks = multiprocessing.start_processes(
-        _rank, args=(tmp_path,), nprocs=2, join=False, start_method="fork"
+        _rank, args=(folder, sizes), nprocs=2, join=False, start_method="fork"
     )
     while not ranks.join(timeout=60):
         pass
-    found = torch.load(tmp_path / "out.pt")
+    return torch.load(folder / "out.pt")
+
+
+@pytest.mark.parametrize("split", ["tp_size", "fsdp_size"])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_two_ranks_compute_what_one_does(changes: Any, split: str, tmp_path: Path) -> None:
+    model = saved(tmp_path, changes)
+    found = on_two_ranks(tmp_path, **{split: 2})
     out = model.train()(IDS, labels=IDS)
     out.loss.backward()
     weight = model.model.layers[0].attention.qkv_proj.weight
@@ -66,14 +80,18 @@ def test_two_ranks_compute_what_one_does(changes: Any, tmp_path: Path) -> None:
     assert (found["gradient"] - weight.grad).abs().max() <= 1e-5
 
 
-def test_the_plans_name_modules_that_are_there() -> None:
-    from fnmatch import fnmatch
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pipeline_of_two_computes_what_one_rank_does(tied: bool, tmp_path: Path) -> None:
+    model = saved(tmp_path, {"tie_word_embeddings": tied})
+    found = on_two_ranks(tmp_path, pp_size=2)
+    assert found["layers"] == 1, "nothing was split"
+    assert (found["logits"] - model.eval()(IDS).logits).abs().max() <= 1e-5
 
-    names = [name for changes in SHAPES.values() for name, _ in GPTForCausalLM(
-        GPTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=9,
-                  **{k: v for k, v in changes.items() if k != "num_key_value_heads"})
-    ).model.named_modules()]  # fmt: skip
-    for pattern in [*GPTConfig.base_model_tp_plan, *(GPTConfig.base_model_pp_plan or {})]:
-        assert any(fnmatch(name, pattern) for name in names), pattern
-    # A pipeline would add learned positions again at the start of every stage.
-    assert GPTConfig(position="learned").base_model_pp_plan is None
+
+def test_learned_positions_have_no_pipeline(tmp_path: Path) -> None:
+    """Each stage would add them once more, and Transformers would not notice."""
+    classic = saved(tmp_path, SHAPES["classic"])
+    assert not classic.supports_pp_plan
+    assert saved(tmp_path / "modern", SHAPES["modern"]).supports_pp_plan
+    with pytest.raises(ValueError, match="learned positions has no pipeline"):
+        GPTForCausalLM.maybe_distribute_model(classic, DistributedConfig(pp_size=2), None)
