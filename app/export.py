@@ -35,8 +35,11 @@ def export(
     It then needs neither trueup nor remote code. What a form cannot express is refused, and what was written
     is read back and compared with the original.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from trueup.eval.loading import load_policy
 
+    disable_progress_bar()
     _check_free(output)
     model, tokenizer = load_policy(directory)
     if model.config.model_type != "trueup_gpt":
@@ -94,8 +97,11 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a model trained elsewhere a trueup GPT that every stage can go on from."""
+    from transformers.utils.logging import disable_progress_bar
+
     from trueup.base.trainer import save_model
 
+    disable_progress_bar()
     _check_free(output)
     source = Path(local_directory(source))
     if source.is_dir():

@@ -23,9 +23,12 @@ def merge(
 
     Adapters trained by trueup need this not: their model directory is merged already.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from trueup.base.adapters import merge_directory
     from trueup.base.trainer import save_model
 
+    disable_progress_bar()
     if to.exists():
         raise UsageError(f"--to {to}: exists; choose another place, or move it away")
     model, tokenizer, name = merge_directory(adapter, base, trust_remote_code)
