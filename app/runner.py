@@ -42,6 +42,9 @@ def run_stage(recipe: Recipe) -> Run:
     else:
         if publishing:
             publishing.check()
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # one for every file read or written, across ours
         run.measure = _measure(recipe)
         with run.working():
             stage.run(run)

@@ -16,7 +16,6 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 from trueup.base.batches import Batch, Batches, PackedBatches, Shares, StreamBatches, held_out_batches
 from trueup.base.checkpoint import Checkpoints
@@ -45,7 +44,6 @@ LOG = "log.jsonl"
 def pretrain(recipe: PretrainRecipe, run: Run) -> None:
     """Train as the recipe says, and publish the model directory. See `trueup.recipes.stages.Stage.run`."""
     keep_freed_memory()
-    disable_progress_bar()  # of save_pretrained; ours stays
     Pretraining(recipe, run).train()
 
 

@@ -32,7 +32,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils.logging import disable_progress_bar
 
 from trueup.base.adapters import is_adapter, merge
 from trueup.base.checkpoint import CHECKSUMS, checksums_of, problem_of
@@ -354,7 +353,6 @@ def fit(trainer: StageTrainer, run: Run) -> dict[str, float]:
     trainer.add_callback(LogFile(run.work_dir / LOG))
     if run.measure is not None:
         trainer.add_callback(Measuring(trainer, run.measure))
-    disable_progress_bar()  # Transformers shows one for each checkpoint, across ours
     checkpoint = _starting_point(trainer.args, run.work_dir) if is_main_process() else None
     [checkpoint] = broadcast_object_list([checkpoint])
     try:
