@@ -136,8 +136,12 @@ def difference(ours: ArrayLike, theirs: ArrayLike) -> PartDifference:
     return PartDifference(change, counted.wins, counted.ties, counted.losses)
 
 
-def verdict(a: str, b: str, outcome: Outcome) -> Verdict:
-    """The verdict on a pair in plain words."""
+def verdict(a: str, b: str, outcome: Outcome, equal_length: Interval | None = None) -> Verdict:
+    """The verdict on a pair in plain words; also where the winner won by the length of its answers.
+
+    Args:
+        equal_length: a's rate over b by `length_controlled`.
+    """
     size = f"n = {outcome.prompts:,} prompts"
     if len(outcome.by_seed) > 1:
         size += f" x {len(outcome.by_seed)} seeds"
@@ -145,7 +149,12 @@ def verdict(a: str, b: str, outcome: Outcome) -> Verdict:
         ahead = outcome.rate.estimate > 0.5
         winner, loser = (a, b) if ahead else (b, a)
         rate = outcome.rate if ahead else _mirrored(outcome.rate)
-        return Verdict(winner, f"{winner} beats {loser}: {percent(rate)}, {size}", None)
+        text = f"{winner} beats {loser}: {percent(rate)}, {size}"
+        if equal_length and math.isfinite(equal_length.estimate):
+            controlled = equal_length if ahead else _mirrored(equal_length)
+            if controlled.low <= 0.5:
+                text += f"; at equal length it would not: {percent(controlled)}"
+        return Verdict(winner, text, None)
     text = f"{a} and {b} are not distinguishable: {percent(outcome.rate)}, {size}"
     needed = prompts_to_settle(outcome.rate.estimate, outcome.ties)
     if needed is None:

@@ -93,7 +93,7 @@ def _pair(a: str, b: str, tables: Mapping[str, Measures], duels: Duels, findings
         for name in ours
         if name.startswith("parts/")
     }
-    found = verdict(a, b, outcome)
+    found = verdict(a, b, outcome, controlled)
     falls: dict[str, str] = {}
     if found.winner:
         ours, theirs = (ours, theirs) if found.winner == a else (theirs, ours)

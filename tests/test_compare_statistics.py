@@ -125,6 +125,13 @@ def test_length_control_removes_a_planted_effect_of_length() -> None:
     assert raw.low > 0.6
     assert controlled.low < 0.5 < controlled.high
     assert controlled.high - controlled.low < 0.1
+    outcome = compare(duel(ours, theirs))
+    words = f"at equal length it would not: {percent(controlled)}"
+    assert verdict("long", "short", outcome, controlled).text.endswith(words)
+    assert "length" not in verdict("long", "short", outcome, outcome.rate).text
+    lost, mirrored = compare(1 - duel(ours, theirs)), equal_length(1 - ours, theirs, shorter, longer)
+    assert verdict("short", "long", lost, mirrored).text.startswith("long beats short: ")
+    assert verdict("short", "long", lost, mirrored).text.endswith(words)
 
 
 def test_length_control_leaves_alone_what_has_nothing_to_do_with_length() -> None:
