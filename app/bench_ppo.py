@@ -196,6 +196,7 @@ class Process:
 # ------------------------------------------------------------------------------------------------------ speed
 
 ROWS, RESPONSE = 64, 48
+PHASES = ("sample", "score", "measure", "update")  # seconds of each; measure: log-probabilities and values
 
 
 def speed(environment: Path, rounds: int) -> tuple[Result, Table]:
@@ -226,6 +227,7 @@ def speed(environment: Path, rounds: int) -> tuple[Result, Table]:
             processes[one.name] = stack.enter_context(started(one, spec, environment, folder))
         before = {name: process.answer()["memory"] for name, process in processes.items()}
         seconds: dict[str, list[float]] = {name: [] for name in processes}
+        phases: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
         memory = {}
         for number in track(range(rounds + 1), "Measuring", console=Console(stderr=True)):
             for name, process in processes.items():
@@ -233,24 +235,34 @@ def speed(environment: Path, rounds: int) -> tuple[Result, Table]:
                 memory[name] = found["memory"] - before[name]
                 if number:  # the first warms up
                     seconds[name].append(found["seconds"])
+                    phases[name].append(found["phases"])
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return _verdict(
         medians,
         memory,
+        {name: _medians(found) for name, found in phases.items()},
         device,
         {"rounds": rounds, "rows": ROWS, "response_length": RESPONSE, **asdict(shape)},
     )
 
 
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {phase: statistics.median(one[phase] for one in rounds) for phase in rounds[0]}
+
+
 def _verdict(
-    seconds: dict[str, float], memory: dict[str, int], device: str, settings: dict[str, Any]
+    seconds: dict[str, float],
+    memory: dict[str, int],
+    phases: dict[str, dict[str, float]],
+    device: str,
+    settings: dict[str, Any],
 ) -> tuple[Result, Table]:
-    """The result, which compares like with like, and a table of all."""
-    table = Table(
-        "", "s per round", "MB", title=f"ppo: {ROWS} completions of up to {RESPONSE} tokens ({device})"
-    )
+    """The result, which compares like with like, and a table of all, with the phases of ours."""
+    title = f"ppo: {ROWS} completions of up to {RESPONSE} tokens ({device})"
+    table = Table("", "s per round", "MB", *PHASES, title=title)
     for name in seconds:
-        table.add_row(name, f"{seconds[name]:.2f}", f"{memory[name] / 2**20:,.0f}")
+        parts = [f"{phases[name][phase]:.2f}" for phase in PHASES if phases[name]]
+        table.add_row(name, f"{seconds[name]:.2f}", f"{memory[name] / 2**20:,.0f}", *parts)
     table.add_section()
     dtype = "bf16" if "trl bf16" in seconds else "fp32"
     pairs = {f"{p} against TRL's {p}": (f"trueup {p}", f"trl {p}") for p in ("fp32", dtype)}
@@ -260,7 +272,7 @@ def _verdict(
         ratios[name] = {"speed": seconds[other] / seconds[one], "memory": memory[one] / memory[other]}
         table.add_row(name, f"{ratios[name]['speed']:.2f}x", f"{ratios[name]['memory']:.2f}x")
     ours, peer = ROWS / seconds[f"trueup {dtype}"], ROWS / seconds[f"trl {dtype}"]
-    found = {"ratios": ratios, "seconds": seconds, "memory": memory}
+    found = {"ratios": ratios, "seconds": seconds, "memory": memory, "phases": phases}
     return Result(
         "ppo", TRL, "completions/s", ours, peer, ours / peer, device, dtype, settings | found
     ), table

@@ -3,8 +3,8 @@
     python -P bench_ppo_worker.py SPEC.json
 
 It builds the trainer that SPEC names. With `"paced": true` it makes one update for each line on stdin, and
-answers each by a line of JSON on stdout; else it trains to the end once for each of `seeds`, and answers with
-the log.
+answers each by a line of JSON on stdout: seconds, those of each phase where the trainer is ours, and peak
+memory. Else it trains to the end once for each of `seeds`, and answers with the log.
 """
 
 import json
@@ -12,6 +12,8 @@ import os
 import resource
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,38 @@ class Turns(TrainerCallback):
     def __init__(self, answers: Any) -> None:
         self.answers = answers
         self.started = 0.0
+        self.phases: dict[str, float] = defaultdict(float)  # seconds of this round
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._wait()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        answer = {"seconds": clock() - self.started, "memory": peak_memory()}
+        seconds = clock() - self.started
+        phases = {**self.phases, "update": seconds - sum(self.phases.values())} if self.phases else {}
+        answer = {"seconds": seconds, "memory": peak_memory(), "phases": phases}
         print(json.dumps(answer), file=self.answers, flush=True)
         self._wait()
 
     def _wait(self) -> None:
         if not sys.stdin.readline():
             os._exit(0)  # no further turns, and nothing that a trainer does at its end is wanted
+        self.phases.clear()
         self.started = clock()
+
+    def watch(self, trainer: Any) -> None:
+        """Time the phases of our trainer's rounds; what remains is the update."""
+        trainer._complete = self._timed("sample", trainer._complete)
+        trainer.rewards = self._timed("score", trainer.rewards)
+        trainer._measure = self._timed("measure", trainer._measure)
+
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = clock()
+            found = function(*args, **kwargs)
+            self.phases[phase] += clock() - started
+            return found
+
+        return timed
 
 
 def clock() -> float:
@@ -116,7 +137,11 @@ def main() -> None:
     build = {"trueup": trueup_trainer, "trl": trl_trainer}[spec["trainer"]]
     if spec["paced"]:
         print(json.dumps({"memory": peak_memory()}), file=answers, flush=True)  # of the libraries alone
-        build(spec, [Turns(answers)]).train()
+        turns = Turns(answers)
+        trainer = build(spec, [turns])
+        if spec["trainer"] == "trueup":
+            turns.watch(trainer)
+        trainer.train()
     for seed in spec["seeds"]:
         spec["settings"]["seed"] = seed
         trainer = build(spec, [])

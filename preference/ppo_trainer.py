@@ -324,25 +324,36 @@ class PPOTrainer(StageTrainer):
         args = self.args
         tokens = self._total(rollout.mask[list(rows)].sum())
         parts = self._micro_batches(rollout, rows)
+        # One after the other: the policy's activations are gone before those of the value model come. What
+        # DDP and FSDP wrap wants one forward for both.
+        apart = isinstance(model, ActorCritic) and self.value_model.trunk is not None
         sums = torch.zeros(len(UPDATE_FIGURES) + 1, device=args.device)
         for part in parts:
             with self._synchronising(model, part is parts[-1]):
-                found = model(**rollout.batch(part, self.processing_class.pad_token_id))
+                batch = rollout.batch(part, self.processing_class.pad_token_id)
+                found = model(**batch, with_values=not apart)
                 here = (part, slice(found.log_probs.shape[1]))
                 mask, old = rollout.mask[here], rollout.log_probs[here]
                 policy = policy_loss(found.log_probs, old, rollout.advantages[here], mask, args.cliprange)
+                loss, values = policy.loss.sum(), found.values
+                if apart:
+                    self._backward(loss / tokens)
+                    with self.accelerator.autocast():
+                        loss, values = torch.zeros_like(loss), self.actor_critic.values(**batch)
                 value = value_loss(
-                    found.values, rollout.values[here], rollout.returns[here], mask, args.cliprange_value
+                    values, rollout.values[here], rollout.returns[here], mask, args.cliprange_value
                 )
-                loss = (policy.loss.sum() + args.vf_coef * value.loss.sum()) / tokens
-                # DDP, FSDP and DeepSpeed average over the ranks, and the sum is meant.
-                options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                self.accelerator.backward(loss * args.world_size, **options)
+                self._backward((loss + args.vf_coef * value.loss.sum()) / tokens)
             approx_kl = kl_estimate(old, found.log_probs.detach(), "k3") * mask
             figures = [policy.loss, value.loss, approx_kl, policy.clipped, found.entropy]
             figures += [value.clipped, policy.ratio, mask]
             sums += torch.stack([figure.detach().sum().float() for figure in figures])
         return sums
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DDP, FSDP and DeepSpeed average over the ranks, and the sum is meant.
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss * self.args.world_size, **options)
 
     def _micro_batches(self, rollout: Rollout, rows: Sequence[int]) -> list[list[int]]:
         return rollout.micro_batches(rows, self.args.per_device_train_batch_size)

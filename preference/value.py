@@ -2,7 +2,7 @@
 
 Rows are prompt and completion in one piece, padded on the right. Attention is causal, so what stands behind a
 token cannot change it: no mask, no position ids, and on a GPU the plain causal kernel. Logits exist at
-the places that predict a completion's tokens only, and for one slice of them at a time.
+the places that predict a completion's tokens only, and their distributions for a few of them at a time.
 """
 
 import copy
@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from trueup.base import loss
 from trueup.recipes.errors import UsageError
 
-# Logits of one slice. All of a usual micro-batch: only beyond are they computed again in the backward pass.
+# Logits kept for the backward pass. All of a usual micro-batch: only beyond are they computed again there, so
+# many at a time.
 SLICE_LOGITS = {"cpu": 1 << 24}
 GPU_SLICE_LOGITS = 1 << 28
 
@@ -105,8 +107,15 @@ class ActorCritic(nn.Module):
             log_probs, entropy = self._sliced(hidden, targets)
         values = None
         if with_values and self.value is not None:
-            values = _by_row(self.value(input_ids, before, hidden), completion_mask)
+            values = self.values(input_ids, completion_mask, hidden)
         return TokenOutputs(_by_row(log_probs, completion_mask), _by_row(entropy, completion_mask), values)
+
+    def values(
+        self, input_ids: torch.Tensor, completion_mask: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values (B, T) alone; `hidden` (N, hidden_size) are the policy's states, for a shared trunk."""
+        assert self.value is not None
+        return _by_row(self.value(input_ids, completion_mask.roll(-1, dims=1), hidden), completion_mask)
 
     def _sliced(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies (N,) of tokens (N,) from hidden states (N, hidden_size)."""
@@ -157,13 +166,48 @@ def row_mask(lengths: torch.Tensor, width: int | None = None) -> torch.Tensor:
 def _log_probs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of tokens (N,) under logits (N, V), and the entropies, in fp32."""
-    logits = logits.float() / temperature if temperature != 1 else logits.float()
-    distribution = logits.log_softmax(dim=-1)
-    log_probs = distribution.gather(-1, targets[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = -torch.linalg.vecdot(distribution.exp(), distribution)
-    return log_probs, entropy
+    """Log-probabilities of tokens (N,) under logits (N, V), and the entropies without gradient, in fp32."""
+    found: tuple[torch.Tensor, torch.Tensor] = _LogProbs.apply(logits, targets, temperature)
+    return found
+
+
+class _LogProbs(torch.autograd.Function):
+    """A few rows at a time: in fp32 neither their distributions nor the gradient ever exist in full."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs, entropy = logits.new_empty(2, len(logits), dtype=torch.float32)
+        for rows in _slices(logits):
+            distribution = _scaled(logits[rows], temperature).log_softmax(dim=-1)
+            log_probs[rows] = distribution.gather(-1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.linalg.vecdot(distribution.exp(), distribution)
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:
+        """d log p / d logits = (one-hot - softmax) / temperature."""
+        logits, targets = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _slices(logits):
+            factor = slope[rows, None] / ctx.temperature
+            part = _scaled(logits[rows], ctx.temperature).softmax(dim=-1).mul_(-factor)
+            gradient[rows] = part.scatter_add_(-1, targets[rows, None], factor)
+        return gradient, None, None
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits.float() / temperature if temperature != 1 else logits.float()
+
+
+def _slices(logits: torch.Tensor) -> list[slice]:
+    """Rows of logits (N, V) that are worked on together."""
+    size = max(1, loss.SLICE_LOGITS.get(logits.device.type, loss.GPU_SLICE_LOGITS) // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def _logits_function(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:

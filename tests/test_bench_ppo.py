@@ -34,7 +34,8 @@ def test_verdicts_compare_like_with_like() -> None:
         "trueup, shared trunk": 0.5,
     }
     memory = {name: 2**20 * number for number, name in enumerate(seconds, start=1)}
-    result, table = bench_ppo._verdict(seconds, memory, "cpu", {})
+    phases = {name: dict.fromkeys(bench_ppo.PHASES, 0.1) if "trl" not in name else {} for name in seconds}
+    result, table = bench_ppo._verdict(seconds, memory, phases, "cpu", {})
     assert result.ratio == 3
     assert result.dtype == "bf16"
     assert result.ours == bench_ppo.ROWS
@@ -42,7 +43,7 @@ def test_verdicts_compare_like_with_like() -> None:
     assert list(ratios.values()) == [2, 3, 8]
     assert table.row_count == 8
     half = {name: number for name, number in seconds.items() if "bf16" not in name}
-    assert bench_ppo._verdict(half, memory, "cpu", {})[0].ratio == 2
+    assert bench_ppo._verdict(half, memory, phases, "cpu", {})[0].ratio == 2
 
 
 def test_ours_takes_turns_and_is_timed(tmp_path: Path) -> None:
@@ -58,6 +59,10 @@ def test_ours_takes_turns_and_is_timed(tmp_path: Path) -> None:
         before = process.answer()["memory"]
         turns = [process.turn() for _ in range(2)]
     assert all(0 < turn["seconds"] < 30 for turn in turns)
+    for turn in turns:
+        assert tuple(turn["phases"]) == bench_ppo.PHASES
+        assert all(seconds > 0 for seconds in turn["phases"].values())
+        assert sum(turn["phases"].values()) == pytest.approx(turn["seconds"])
     assert turns[-1]["memory"] >= turns[0]["memory"] >= before > 0
     spec["settings"]["kl_coeff"] = 0.1
     with (

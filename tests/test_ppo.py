@@ -102,12 +102,29 @@ def test_slices_change_neither_log_probs_nor_gradients(
     whole.sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    monkeypatch.setitem(value.SLICE_LOGITS, "cpu", 4 * 279)
+    monkeypatch.setitem(value.SLICE_LOGITS, "cpu", 4 * 279)  # parts that are computed again
+    monkeypatch.setitem(value.loss.SLICE_LOGITS, "cpu", 3 * 279)  # and slices of these
     sliced = model(**batch).log_probs
     sliced.sum().backward()
     torch.testing.assert_close(sliced, whole)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_have_the_gradients_of_a_plain_log_softmax(temperature: float, dtype: torch.dtype) -> None:
+    from trueup.preference.value import _log_probs
+
+    torch.manual_seed(0)
+    targets, weights = torch.randint(50, (7,)), torch.randn(7)
+    logits = torch.randn(7, 50).to(dtype).requires_grad_()
+    (_log_probs(logits, targets, temperature)[0] @ weights).backward()
+    plain = logits.detach().clone().requires_grad_()
+    expected = (plain.float() / temperature).log_softmax(-1)
+    (expected[range(7), targets] @ weights).backward()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(logits.grad, plain.grad, atol=tolerance, rtol=tolerance)
 
 
 def test_a_head_of_another_kind_goes_through_the_model_itself() -> None:
@@ -387,6 +404,38 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     assert any(name.startswith("value.") for name in whole)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+class _Wrapped(torch.nn.Module):
+    """What DDP looks like from outside."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def test_the_policys_activations_are_gone_before_the_value_models_come(tmp_path: Path) -> None:
+    """Where nothing wants one forward for both; the gradients are the same to the bit."""
+    trainer = ppo_models.trainer(tmp_path, reward=eval_models.reward_model(seed=3))
+    rollout, model = _rollout(trainer), trainer.model
+    done: list[bool] = []
+    trainer.value_model.register_forward_pre_hook(
+        lambda *_: done.append(trainer.policy.lm_head.weight.grad is not None)
+    )
+    gradients = []
+    for form in (_Wrapped(model), model):
+        trainer._accumulate(form, rollout, range(8))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert done[0] is False
+    assert all(done[len(done) // 2 :])
+    together, apart = gradients
+    assert together.keys() == apart.keys()
+    for name, gradient in together.items():
+        assert torch.equal(apart[name], gradient), name
 
 
 def test_gradients_are_clipped_and_their_norm_logged(tmp_path: Path) -> None:
