@@ -205,6 +205,8 @@ class PPOTrainer(StageTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         rows, self._prompts = self._prompts, []
+        if self.state.global_step == 0 and self.args.eval_strategy != "no":
+            self.evaluate()  # where it starts from
         model.train(self.args.activation_checkpointing)  # else not: dropout is off, and nothing else differs
         rollout = self._roll_out(model, rows)
         loss = self._update(model, rollout)

@@ -743,7 +743,7 @@ def test_push_to_hub_uploads_the_policy_as_a_model(tmp_path: Path, monkeypatch: 
 
 
 def test_the_best_checkpoint_by_a_named_metric_is_loaded_at_the_end(tmp_path: Path) -> None:
-    worth = iter([1.0, 3.0, 2.0, 0.0])
+    worth = iter([9.0, 1.0, 3.0, 2.0, 0.0])  # the first before any round: what began is no checkpoint
 
     def falling(prompts: Any, completions: Any, **_: Any) -> list[float]:
         return [next(worth)] * len(completions)
@@ -754,6 +754,9 @@ def test_the_best_checkpoint_by_a_named_metric_is_loaded_at_the_end(tmp_path: Pa
     )  # fmt: skip
     trainer.train()
     assert trainer.state.best_global_step == 2
+    held_out = [json.loads(line) for line in (tmp_path / "frontier.jsonl").read_text().splitlines()]
+    start = next(point for point in held_out if point["split"] == "validation")
+    assert (start["step"], start["kl"], start["score"]) == (0, 0.0, 9.0)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     for ours, theirs in zip(trainer.policy.parameters(), best.parameters(), strict=True):
         assert torch.equal(ours, theirs)

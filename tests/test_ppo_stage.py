@@ -210,7 +210,8 @@ def test_an_alarm_stops_and_rolls_back(recipe: Any, tmp_path: Path, monkeypatch:
     from trueup.eval import guards
 
     def at_three(history: guards.History) -> str | None:
-        return "it is round 3" if history.series("proxy")[0][-1][0] == 3 else None
+        rounds = [step for series in history.series("proxy") for step, _ in series]
+        return "it is round 3" if rounds[-1:] == [3] else None
 
     monkeypatch.setattr(guards, "RULES", (guards.Rule("three", at_three, "the test", "none"),))
     seen = {}
