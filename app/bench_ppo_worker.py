@@ -94,6 +94,11 @@ def judge(spec: dict[str, Any]) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(spec["reward"], trust_remote_code=True)
 
 
+def tokenizer_of(spec: dict[str, Any], **options: Any) -> Any:
+    """The policy's. Asked about its code, Transformers would read the answer from our pipe of turns."""
+    return AutoTokenizer.from_pretrained(spec["policy"], trust_remote_code=True, **options)
+
+
 def trueup_trainer(spec: dict[str, Any], callbacks: list[TrainerCallback]) -> Any:
     """Ours, with the allocator set as the stage sets it."""
     from trueup.base.device import keep_freed_memory
@@ -106,7 +111,7 @@ def trueup_trainer(spec: dict[str, Any], callbacks: list[TrainerCallback]) -> An
         judge(spec),
         PPOConfig(**spec["settings"]),
         Dataset.from_dict({"prompt": spec["prompts"]}),
-        processing_class=AutoTokenizer.from_pretrained(spec["policy"]),
+        processing_class=tokenizer_of(spec),
         callbacks=callbacks,
     )
 
@@ -115,7 +120,7 @@ def trl_trainer(spec: dict[str, Any], callbacks: list[TrainerCallback]) -> Any:
     """TRL's, as its own example builds it."""
     from trl.experimental import ppo
 
-    tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
+    tokenizer = tokenizer_of(spec, padding_side="left")
     set_seed(spec["settings"]["seed"])
     return ppo.PPOTrainer(
         args=ppo.PPOConfig(**spec["settings"]),
