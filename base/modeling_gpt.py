@@ -165,9 +165,24 @@ class GPTRotaryEmbedding(nn.Module):
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the channel pairs (i, i + D/2) of heads (B, H, T, D), in x's dtype: fp32 would cost twice bf16."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned: torch.Tensor = _Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is turned back: half the operations that autograd would find, on rows of D channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        return torch.addcmul(x * torch.cat((cos, cos), dim=-1), swapped, torch.cat((-sin, sin), dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(slope, cos, -sin), None, None
 
 
 # ----------------------------------------------------------------------------------------------------- blocks
