@@ -33,8 +33,8 @@ SETTINGS = {
     "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
     "seed": 0,
 }  # fmt: skip
-# A head that begins at 0, on features that only the policy has shaped, has to learn faster.
-SHARED_TRUNK = {"value_learning_rate": 2e-2, "vf_coef": 0.5}
+# A head that begins at 0, on features that only the policy has shaped, has to learn faster, and to shape them.
+SHARED_TRUNK = {"value_learning_rate": 2e-2, "vf_coef": 2.0}
 CURVES = {
     "score": "reward model's score",
     "kl": "KL, nats per completion",
