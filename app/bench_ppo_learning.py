@@ -33,7 +33,7 @@ SETTINGS = {
     "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
     "seed": 0,
 }  # fmt: skip
-# A head that begins at 0, on features that only the policy has shaped, has to learn faster, and to shape them.
+# A head that begins at 0, on features that only the policy has shaped, has to learn faster and weigh more.
 SHARED_TRUNK = {"value_learning_rate": 2e-2, "vf_coef": 2.0}
 CURVES = {
     "score": "reward model's score",
